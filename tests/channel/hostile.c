@@ -4,15 +4,22 @@
  *   hostile COUNT [SEED]
  *
  * Each of COUNT states is some words of the area overwritten (with random numbers, zeros, ones, what
- * stands elsewhere, positions just before they wrap), then one call. A call must end, return a
+ * stands elsewhere, positions just before they wrap), then one call. In half of them words change
+ * while the call is under way, too, often the one that it has just read. A call must end, return a
  * result that it documents, and touch nothing but the area and what it was given: the pages around
  * the region cannot be touched, the bytes around the area are checked.
  */
+#include <stdint.h>
+
+static uint64_t load(const uint64_t *word);
+#define IVSHMEM_LOAD(word) load(word)
+#define IVSHMEM_STORE(word, value) __atomic_store_n((word), (value), __ATOMIC_RELEASE)
 #include "steps.h"
 
-enum { FIRST = 8192, KINDS = 5 };
+enum { FIRST = 8192, KINDS = 5, AREA_WORDS = (SIZE - 2 * FIRST) / 8 };
 
 static uint64_t state;
+static unsigned seldom; /* a word changes during a call with one of so many loads; 0: none does */
 
 static uint64_t draw(void)
 {
@@ -70,27 +77,27 @@ static void make_all(void)
     }
 }
 
-/* Overwrite one word of the area as a hostile peer would. */
-static void spoil(void)
+/* Where a hostile peer would store: the number of a word of the region. */
+static uint64_t any_word(void)
 {
-    uint64_t words = (SIZE - 2 * FIRST) / 8, at, value;
-    const struct party *party = &parties[draw() % KINDS];
-    const struct ivshmem_channel *channel = &party->ends[0].channel;
+    const struct ivshmem_channel *channel = &parties[draw() % KINDS].ends[0].channel;
     switch (draw() % 8) {
     case 0:
-        at = FIRST / 8 + draw() % words;
-        break;
+        return FIRST / 8 + draw() % AREA_WORDS;
     case 1: /* the places */
-        at = channel->area.places_at / 8 + draw() % (16u * 16u);
-        break;
+        return channel->area.places_at / 8 + draw() % (16u * 16u);
     case 2: /* the units and records */
-        at = channel->area.units_at / 8 +
-             draw() % ((channel->area.data_at - channel->area.units_at) / 8);
-        break;
+        return channel->area.units_at / 8 +
+               draw() % ((channel->area.data_at - channel->area.units_at) / 8);
     default: /* a channel's control words */
-        at = channel->at / 8 + draw() % (channel->layout.cells / 8);
+        return channel->at / 8 + draw() % (channel->layout.cells / 8);
     }
-    value = ivshmem_load(&channel->area.memory, at * 8);
+}
+
+/* Overwrite a word of the area as a hostile peer would. */
+static void spoil(uint64_t at)
+{
+    uint64_t *words = (uint64_t *)(void *)region, value = words[at];
     switch (draw() % 8) {
     case 0:
         value = draw();
@@ -115,9 +122,18 @@ static void spoil(void)
         value ^= UINT64_C(1) << draw() % 64;
         break;
     default: /* what stands elsewhere */
-        value = ivshmem_load(&channel->area.memory, FIRST + draw() % words * 8);
+        value = words[FIRST / 8 + draw() % AREA_WORDS];
     }
-    ivshmem_store(&channel->area.memory, at * 8, value);
+    words[at] = value;
+}
+
+/* What the header loads a word by. */
+static uint64_t load(const uint64_t *word)
+{
+    uint64_t value = *word, at = (uint64_t)(word - (const uint64_t *)(const void *)region);
+    if (seldom != 0 && draw() % seldom == 0)
+        spoil(draw() % 2 && at >= FIRST / 8 && at < FIRST / 8 + AREA_WORDS ? at : any_word());
+    return value;
 }
 
 static void result(int64_t code)
@@ -352,7 +368,8 @@ int main(int argc, char **argv)
         if (draw() % 4096 == 0)
             memset(region + FIRST, 0, SIZE - 2 * FIRST); /* a punched hole */
         for (uint64_t i = draw() % 4; i > 0; i--)
-            spoil();
+            spoil(any_word());
+        seldom = draw() % 2 ? 0 : 1u << draw() % 8;
         switch (draw() % 8) {
         case 0:
         case 1:
@@ -374,6 +391,7 @@ int main(int argc, char **argv)
         default:
             call_others();
         }
+        seldom = 0;
         if (fatal % 64 == 63) {
             CHECK(memcmp(region, outside, FIRST) == 0, 0);
             CHECK(memcmp(region + SIZE - FIRST, outside, FIRST) == 0, 0);

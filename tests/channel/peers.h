@@ -46,8 +46,11 @@ static int join(struct peer *peer)
 {
     static const char name[56] = "test";
     const struct ivshmem_memory memory = {region, SIZE, IVSHMEM_WRITE_BACK, 0};
+    int code;
     memset(peer, 0, sizeof *peer);
-    CHECK(ivshmem_area_open(&peer->member.area, &memory, 8192) == 0, 0);
+    code = ivshmem_area_open(&peer->member.area, &memory, 8192);
+    if (code != 0)
+        return code;
     peer->member.user.ring = ring;
     peer->member.user.now = now;
     peer->member.user.ended = ended;

@@ -212,8 +212,12 @@ static void end_listening(struct party *party)
 static void listen_until(struct party *party, uint64_t most)
 {
     struct ivshmem_listener *listener = &listeners[index_of(party)];
+    int slept = 0;
     while (party->got < most) {
         int code = ivshmem_accept(listener, &streams[index_of(party)]);
+        if (slept)
+            ivshmem_listener_pass_on(listener);
+        slept = 0;
         if (code == 0) {
             serve(party);
             continue;
@@ -229,8 +233,14 @@ static void listen_until(struct party *party, uint64_t most)
                 wait_for_ring();
         }
         ivshmem_sleep_end(listener->channel, &listener->sleep);
+        slept = 1;
     }
     end_listening(party);
+}
+
+static void listen_once(struct party *party)
+{
+    listen_until(party, 1);
 }
 
 static void listen_always(struct party *party)
@@ -386,6 +396,16 @@ static void two_listeners(void)
     add_caller("c1", call);
     add_listener("s0", listen_always);
     add_listener("s1", listen_always);
+}
+
+static void one_each(void)
+{
+    begin(2, 2, 1);
+    replies = 1;
+    add_listener("s0", listen_once);
+    add_listener("s1", listen_always);
+    add_caller("c0", call);
+    add_caller("c1", call);
 }
 
 static void aborted(void)
@@ -678,6 +698,7 @@ int main(int argc, char **argv)
         {"used-again", used_again, check},
         {"two-at-once", two_at_once, check},
         {"two-listeners", two_listeners, check},
+        {"one-each", one_each, check},
         {"aborted", aborted, check},
         {"as-one", as_one, check},
         {"as-one-way", as_one_way, check},

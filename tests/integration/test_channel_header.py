@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -292,20 +293,57 @@ CLAIMS = {
 @pytest.mark.parametrize("fault", CLAIMS)
 def test_each_claim_is_needed(fault: str, tmp_path: Path) -> None:
     """What the test before is worth."""
-    name, old, new = CLAIMS[fault]
-    shutil.copytree(channel.get_include(), tmp_path / "include")
-    header = tmp_path / "include/ivshmem_channel" / name
+    done = changed("creators", tmp_path, *CLAIMS[fault], "100000")
+    assert done.returncode == 1
+    assert fault in done.stdout
+
+
+def changed(
+    program: str, folder: Path, name: str, old: str, new: str, *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    """What a program does with a header of which one file was changed in one place."""
+    shutil.copytree(channel.get_include(), folder / "include")
+    header = folder / "include/ivshmem_channel" / name
     text = header.read_text()
     assert text.count(old) == 1
     header.write_text(text.replace(old, new))
-    source, program = str(PROGRAMS / "creators.c"), tmp_path / "creators"
-    include = f"-I{tmp_path}/include"
-    subprocess.run([needs("cc"), "-std=gnu11", include, source, "-o", program], check=True)
-    done = subprocess.run(
-        [program, "100000"], capture_output=True, text=True, check=False, timeout=300
+    source, built = str(PROGRAMS / f"{program}.c"), folder / program
+    include = f"-I{folder}/include"
+    subprocess.run([needs("cc"), "-std=gnu11", include, source, "-o", built], check=True)
+    return subprocess.run(
+        [built, *arguments], capture_output=True, text=True, check=False, timeout=300
     )
-    assert done.returncode == 1
-    assert fault in done.stdout
+
+
+# A word that is read again after it was checked, in the place of what was read first.
+TWICE = {
+    "the cell of a message": (
+        *("entries.h", "    message->offset = channel->at + ivshmem_cell_at("),
+        "    word = ivshmem_get(channel, at + IVSHMEM_ENTRY_CELL);\n"
+        "    message->offset = channel->at + ivshmem_cell_at(",
+    ),
+    "the length of a message": (
+        *("entries.h", "    message->offset = channel->at + ivshmem_cell_at("),
+        "    message->length =\n"
+        "        (uint32_t)(ivshmem_get(channel, at + IVSHMEM_ENTRY_CELL) >> 16) & 0x7fffffffu;\n"
+        "    message->offset = channel->at + ivshmem_cell_at(",
+    ),
+    "the length of a reply": (
+        *("calls.h", "    *length = (uint32_t)ivshmem_value(word);"),
+        "    word = ivshmem_get(channel, ivshmem_reply_word_at(channel, caller->slot, position));\n"
+        "    *length = (uint32_t)ivshmem_value(word);",
+    ),
+}
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("word", TWICE)
+def test_a_word_that_is_read_twice_is_found(word: str, tmp_path: Path) -> None:
+    """What test_hostile_words is worth: words change between any two loads of a call."""
+    done = changed("hostile", tmp_path, *TWICE[word], "1000000")
+    assert done.returncode in (1, -signal.SIGSEGV, -signal.SIGBUS)
+    if done.returncode == 1:
+        assert "length <= " in done.stdout + done.stderr
 
 
 def test_threads(build: Build) -> None:

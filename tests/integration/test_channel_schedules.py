@@ -93,6 +93,7 @@ SCRIPTS = {
         "used-again",
         "two-at-once",
         "two-listeners",
+        "one-each",
         "aborted",
         "refused",
         "a-caller-dies",
@@ -206,6 +207,7 @@ NEEDED = {
         "stream_look: epoch 3": "used-again",
         "stream_free: epoch": "a-removed-acceptor-lives",
         "stream_close: epoch": "used-again",
+        "listener_pass_on: who was rung passes it on": "one-each",
         "wake_readers: full fence": "one-way",
         "sleep_begin: full fence": "two-listeners",
     },
@@ -241,6 +243,9 @@ UNSEEN = {
     "queue_publish: announce": "the announcement of the head orders the same stores",
     "queue_pass_on: full fence": (
         "only a second writer that rings, in that moment, a reader which then leaves would show it"
+    ),
+    "listener_pass_on: full fence": (
+        "only a caller that rings, in that moment, a listener which then leaves would show it"
     ),
     "queue_done: load barrier": "the exchange behind it is a fence as well",
     "queue_take: epoch 2": "a claim says itself of which message it is",

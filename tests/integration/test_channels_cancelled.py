@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import select
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from support.loops import LOOPS
-from support.waiting import PATIENCE
+from support.waiting import PATIENCE, Background
 
 import ivshmem
 from ivshmem import Directory, channel, testing
@@ -426,40 +427,100 @@ def test_a_call_that_is_cancelled_is_given_up(join: Join, loop: str) -> None:
 # -- whom else a ring was for ---------------------------------------------------------------------
 
 
-def queues(room: Channels, takers: list[Any]) -> tuple[list[Any], Come]:
-    writer = room.create_queue("a", limit=8).writer()
-    return [taker.open("a").reader().get_async for taker in takers], lambda: writer.put(b"x")
+class Takers(NamedTuple):
+    """Ends of two processes that take from one channel, and what two others bring."""
+
+    ends: list[Any]
+    twin: Callable[[Any], Awaitable[Any]]
+    call: Callable[[Any, float], Any]  # the same with a time limit
+    come: list[Come]  # each as an end of its own, which knows nobody that the other rang
 
 
-def calls(room: Channels, takers: list[Any]) -> tuple[list[Any], Come]:
-    caller = room.create_calls("a", limit=8).caller()
-    return [taker.open("a").server().take_async for taker in takers], lambda: caller.submit(b"x")
+def queues(join: Join) -> Takers:
+    made = join().create_queue("a", limit=8)
+    ends = [join().open("a").reader() for _ in range(2)]
+    writers = [made.writer(), join().open("a").writer()]
+    return Takers(
+        ends,
+        lambda end: end.get_async(),
+        lambda end, timeout: end.get(timeout),
+        [partial(writer.put, b"x") for writer in writers],
+    )
 
 
-def connections(room: Channels, takers: list[Any]) -> tuple[list[Any], Come]:
-    made = room.create_bytes("a", buffer=64, listeners=2)
-    return [taker.open("a").listen().accept_async for taker in takers], made.connect
+def calls(join: Join) -> Takers:
+    made = join().create_calls("a", limit=8)
+    ends = [join().open("a").server() for _ in range(2)]
+    callers = [made.caller(), join().open("a").caller()]
+    return Takers(
+        ends,
+        lambda end: end.take_async(),
+        lambda end, timeout: end.take(timeout),
+        [partial(caller.submit, b"x") for caller in callers],
+    )
+
+
+def connections(join: Join) -> Takers:
+    made = join().create_bytes("a", buffer=64, listeners=2)
+    ends = [join().open("a").listen() for _ in range(2)]
+    return Takers(
+        ends,
+        lambda end: end.accept_async(),
+        lambda end, timeout: end.accept(timeout),
+        [made.connect, join().open("a").connect],
+    )
+
+
+KINDS = [queues, calls, connections]
 
 
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("which", [0, 1])
-@pytest.mark.parametrize("kind", [queues, calls, connections])
+@pytest.mark.parametrize("kind", KINDS)
 def test_another_process_gets_it(
-    join: Join, kind: Callable[[Channels, list[Any]], tuple[list[Any], Come]], which: int, loop: str
+    join: Join, kind: Callable[[Join], Takers], which: int, loop: str
 ) -> None:
-    """A ring is for one that sleeps. If that one is cancelled, it rings another.
-
-    Who accepts connections looks at the next beat instead.
-    """
-    beat = 0.01 if kind is connections else 1000.0
-    waits, come = kind(join(), [join(beat), join(beat)])
+    """A ring is for one that sleeps. If that one is cancelled, it rings another."""
+    takers = kind(join)
     kept = []
 
     async def work() -> None:
-        tasks = [asyncio.ensure_future(wait()) for wait in waits]
+        tasks = [asyncio.ensure_future(takers.twin(end)) for end in takers.ends]
         other = tasks[1 - which]
-        await just_after(tasks[which], lambda: kept.append(come()))
+        await just_after(tasks[which], lambda: kept.append(takers.come[0]()))
         assert await asyncio.wait_for(other, PATIENCE) is not None
         assert tasks[which].cancelled()
 
     run_in(loop, work())
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_task_that_was_rung_for_two(
+    join: Join, kind: Callable[[Join], Takers], loop: str
+) -> None:
+    """It takes one, and no more for now. The other one is another process's."""
+    takers = kind(join)
+    kept = []
+
+    async def work() -> None:
+        tasks = [asyncio.ensure_future(takers.twin(end)) for end in takers.ends]
+        await asleep()
+        kept.extend(come() for come in takers.come)  # both ring the first one: it still sleeps
+        kept.extend(await asyncio.wait_for(asyncio.gather(*tasks), PATIENCE))
+        assert None not in kept
+
+    run_in(loop, work())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_end_that_is_closed_when_it_was_rung(join: Join, kind: Callable[[Join], Takers]) -> None:
+    takers = kind(join)
+    first, second = takers.ends
+    assert not select.select([first], [], [], 0)[0]
+    waiting = Background(partial(takers.call, second, PATIENCE))
+    waiting.wait_until_asleep()
+    kept = takers.come[0]()
+    first.close()
+    assert waiting.result() is not None
+    del kept

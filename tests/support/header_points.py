@@ -268,6 +268,12 @@ LOOKS: Final = (
         "    if (HAS && ivshmem_queue_has_more(reader))\n        ivshmem_wake_readers(",
     ),
     Look(
+        "who was rung passes it on",
+        "bytes.h",
+        "    if (ivshmem_listener_has_caller(listener))\n        ivshmem_wake_readers(",
+        "    if (HAS && ivshmem_listener_has_caller(listener))\n        ivshmem_wake_readers(",
+    ),
+    Look(
         "a message that is given back wakes a reader",
         "queue.h",
         "        return IVSHMEM_OVERTAKEN;\n    ivshmem_wake_readers(",

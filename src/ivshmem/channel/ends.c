@@ -10337,7 +10337,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
  *             self.membership.watch(-1)
  *         if self.membership.has_place() and not self.copying:             # <<<<<<<<<<<<<<
  *             self.give_up()
- *             self.membership.flush()
+ *             self.pass_on()
 */
         __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->has_place(__pyx_v_self->membership);
 
@@ -10362,8 +10362,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
  *             self.membership.watch(-1)
  *         if self.membership.has_place() and not self.copying:
  *             self.give_up()             # <<<<<<<<<<<<<<
+ *             self.pass_on()
  *             self.membership.flush()
- *         if self.membership.is_own():
 */
           __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 402, __pyx_L4_error)
 
@@ -10371,11 +10371,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
           /* "ivshmem/channel/ends.pyx":403
  *         if self.membership.has_place() and not self.copying:
  *             self.give_up()
+ *             self.pass_on()             # <<<<<<<<<<<<<<
+ *             self.membership.flush()
+ *         if self.membership.is_own():
+*/
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->pass_on(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 403, __pyx_L4_error)
+
+
+          /* "ivshmem/channel/ends.pyx":404
+ *             self.give_up()
+ *             self.pass_on()
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         if self.membership.is_own():
  *             self.membership.kick_all()
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 403, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 404, __pyx_L4_error)
 
 
           /* "ivshmem/channel/ends.pyx":401
@@ -10383,12 +10393,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
  *             self.membership.watch(-1)
  *         if self.membership.has_place() and not self.copying:             # <<<<<<<<<<<<<<
  *             self.give_up()
- *             self.membership.flush()
+ *             self.pass_on()
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":404
- *             self.give_up()
+        /* "ivshmem/channel/ends.pyx":405
+ *             self.pass_on()
  *             self.membership.flush()
  *         if self.membership.is_own():             # <<<<<<<<<<<<<<
  *             self.membership.kick_all()
@@ -10399,18 +10409,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":405
+          /* "ivshmem/channel/ends.pyx":406
  *             self.membership.flush()
  *         if self.membership.is_own():
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         self.membership.ends.pop(id(self), None)
  * 
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 405, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 406, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":404
- *             self.give_up()
+          /* "ivshmem/channel/ends.pyx":405
+ *             self.pass_on()
  *             self.membership.flush()
  *         if self.membership.is_own():             # <<<<<<<<<<<<<<
  *             self.membership.kick_all()
@@ -10418,7 +10428,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":406
+        /* "ivshmem/channel/ends.pyx":407
  *         if self.membership.is_own():
  *             self.membership.kick_all()
  *         self.membership.ends.pop(id(self), None)             # <<<<<<<<<<<<<<
@@ -10427,7 +10437,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
 */
         if (unlikely(__pyx_v_self->membership->ends == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-          __PYX_ERR(0, 406, __pyx_L4_error)
+          __PYX_ERR(0, 407, __pyx_L4_error)
         }
         __pyx_t_6 = NULL;
         __pyx_t_7 = 1;
@@ -10435,10 +10445,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
           PyObject *__pyx_callargs[2] = {__pyx_t_6, ((PyObject *)__pyx_v_self)};
           __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_id, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 406, __pyx_L4_error)
+          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 407, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
         }
-        __pyx_t_4 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->membership->ends, __pyx_t_5, Py_None); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 406, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->membership->ends, __pyx_t_5, Py_None); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 407, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
       }
@@ -10487,7 +10497,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":408
+/* "ivshmem/channel/ends.pyx":409
  *         self.membership.ends.pop(id(self), None)
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -10518,7 +10528,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__del__", 0);
 
-  /* "ivshmem/channel/ends.pyx":409
+  /* "ivshmem/channel/ends.pyx":410
  * 
  *     def __del__(self):
  *         if self.open:             # <<<<<<<<<<<<<<
@@ -10527,7 +10537,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_
 */
   if (__pyx_v_self->open) {
 
-    /* "ivshmem/channel/ends.pyx":410
+    /* "ivshmem/channel/ends.pyx":411
  *     def __del__(self):
  *         if self.open:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -10541,12 +10551,12 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_
       PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 410, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 411, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/ends.pyx":409
+    /* "ivshmem/channel/ends.pyx":410
  * 
  *     def __del__(self):
  *         if self.open:             # <<<<<<<<<<<<<<
@@ -10555,7 +10565,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":408
+  /* "ivshmem/channel/ends.pyx":409
  *         self.membership.ends.pop(id(self), None)
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -10574,7 +10584,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/channel/ends.pyx":412
+/* "ivshmem/channel/ends.pyx":413
  *             self.close()
  * 
  *     cdef int begin_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -10598,7 +10608,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("begin_copy", 0);
 
-  /* "ivshmem/channel/ends.pyx":414
+  /* "ivshmem/channel/ends.pyx":415
  *     cdef int begin_copy(self) except -1:
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10612,17 +10622,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":415
+        /* "ivshmem/channel/ends.pyx":416
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()             # <<<<<<<<<<<<<<
  *             try:
  *                 self.membership.use_memory()
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->pin(__pyx_v_self->membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 415, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->pin(__pyx_v_self->membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 416, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":416
+        /* "ivshmem/channel/ends.pyx":417
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -10638,17 +10648,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           __Pyx_XGOTREF(__pyx_t_5);
           /*try:*/ {
 
-            /* "ivshmem/channel/ends.pyx":417
+            /* "ivshmem/channel/ends.pyx":418
  *             self.membership.mapping.pin()
  *             try:
  *                 self.membership.use_memory()             # <<<<<<<<<<<<<<
  *             except BaseException:
  *                 self.membership.mapping.unpin()
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->use_memory(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 417, __pyx_L6_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->use_memory(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 418, __pyx_L6_error)
 
 
-            /* "ivshmem/channel/ends.pyx":416
+            /* "ivshmem/channel/ends.pyx":417
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -10662,7 +10672,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           goto __pyx_L11_try_end;
           __pyx_L6_error:;
 
-          /* "ivshmem/channel/ends.pyx":418
+          /* "ivshmem/channel/ends.pyx":419
  *             try:
  *                 self.membership.use_memory()
  *             except BaseException:             # <<<<<<<<<<<<<<
@@ -10672,12 +10682,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
           if (__pyx_t_2) {
             __Pyx_AddTraceback("ivshmem.channel.ends.ChannelEnd.begin_copy", __pyx_clineno, __pyx_lineno, __pyx_filename);
-            if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_7, &__pyx_t_8) < 0) __PYX_ERR(0, 418, __pyx_L8_except_error)
+            if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_7, &__pyx_t_8) < 0) __PYX_ERR(0, 419, __pyx_L8_except_error)
             __Pyx_XGOTREF(__pyx_t_6);
             __Pyx_XGOTREF(__pyx_t_7);
             __Pyx_XGOTREF(__pyx_t_8);
 
-            /* "ivshmem/channel/ends.pyx":419
+            /* "ivshmem/channel/ends.pyx":420
  *                 self.membership.use_memory()
  *             except BaseException:
  *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -10686,7 +10696,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
 */
             ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->membership->mapping);
 
-            /* "ivshmem/channel/ends.pyx":420
+            /* "ivshmem/channel/ends.pyx":421
  *             except BaseException:
  *                 self.membership.mapping.unpin()
  *                 raise             # <<<<<<<<<<<<<<
@@ -10698,11 +10708,11 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
             __Pyx_XGIVEREF(__pyx_t_8);
             __Pyx_ErrRestoreWithState(__pyx_t_6, __pyx_t_7, __pyx_t_8);
             __pyx_t_6 = 0;  __pyx_t_7 = 0;  __pyx_t_8 = 0; 
-            __PYX_ERR(0, 420, __pyx_L8_except_error)
+            __PYX_ERR(0, 421, __pyx_L8_except_error)
           }
           goto __pyx_L8_except_error;
 
-          /* "ivshmem/channel/ends.pyx":416
+          /* "ivshmem/channel/ends.pyx":417
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -10718,7 +10728,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           __pyx_L11_try_end:;
         }
 
-        /* "ivshmem/channel/ends.pyx":421
+        /* "ivshmem/channel/ends.pyx":422
  *                 self.membership.mapping.unpin()
  *                 raise
  *             self.copying += 1             # <<<<<<<<<<<<<<
@@ -10727,7 +10737,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
 */
         __pyx_v_self->copying = (__pyx_v_self->copying + 1);
 
-        /* "ivshmem/channel/ends.pyx":422
+        /* "ivshmem/channel/ends.pyx":423
  *                 raise
  *             self.copying += 1
  *             return 0             # <<<<<<<<<<<<<<
@@ -10742,7 +10752,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":414
+      /* "ivshmem/channel/ends.pyx":415
  *     cdef int begin_copy(self) except -1:
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10764,7 +10774,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":412
+  /* "ivshmem/channel/ends.pyx":413
  *             self.close()
  * 
  *     cdef int begin_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -10786,7 +10796,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":424
+/* "ivshmem/channel/ends.pyx":425
  *             return 0
  * 
  *     cdef int end_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -10806,7 +10816,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("end_copy", 0);
 
-  /* "ivshmem/channel/ends.pyx":425
+  /* "ivshmem/channel/ends.pyx":426
  * 
  *     cdef int end_copy(self) except -1:
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10820,7 +10830,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":426
+        /* "ivshmem/channel/ends.pyx":427
  *     cdef int end_copy(self) except -1:
  *         with cython.critical_section(self):
  *             self.copying -= 1             # <<<<<<<<<<<<<<
@@ -10829,7 +10839,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
 */
         __pyx_v_self->copying = (__pyx_v_self->copying - 1);
 
-        /* "ivshmem/channel/ends.pyx":427
+        /* "ivshmem/channel/ends.pyx":428
  *         with cython.critical_section(self):
  *             self.copying -= 1
  *             if not self.open and not self.copying and self.membership.has_place():             # <<<<<<<<<<<<<<
@@ -10865,27 +10875,27 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":428
+          /* "ivshmem/channel/ends.pyx":429
  *             self.copying -= 1
  *             if not self.open and not self.copying and self.membership.has_place():
  *                 self.give_up()  # another thread closed this end during the copy             # <<<<<<<<<<<<<<
  *                 self.membership.flush()
  *             self.membership.mapping.unpin()
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 428, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 429, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":429
+          /* "ivshmem/channel/ends.pyx":430
  *             if not self.open and not self.copying and self.membership.has_place():
  *                 self.give_up()  # another thread closed this end during the copy
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             self.membership.mapping.unpin()
  *             return self.membership.end_use()
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 429, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 430, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":427
+          /* "ivshmem/channel/ends.pyx":428
  *         with cython.critical_section(self):
  *             self.copying -= 1
  *             if not self.open and not self.copying and self.membership.has_place():             # <<<<<<<<<<<<<<
@@ -10894,7 +10904,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":430
+        /* "ivshmem/channel/ends.pyx":431
  *                 self.give_up()  # another thread closed this end during the copy
  *                 self.membership.flush()
  *             self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -10903,14 +10913,14 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
 */
         ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->membership->mapping);
 
-        /* "ivshmem/channel/ends.pyx":431
+        /* "ivshmem/channel/ends.pyx":432
  *                 self.membership.flush()
  *             self.membership.mapping.unpin()
  *             return self.membership.end_use()             # <<<<<<<<<<<<<<
  * 
  *     cdef int enlist(self) except -1:
 */
-        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->end_use(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 431, __pyx_L4_error)
+        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->end_use(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 432, __pyx_L4_error)
         {
           __pyx_r = __pyx_t_4;
         }
@@ -10918,7 +10928,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":425
+      /* "ivshmem/channel/ends.pyx":426
  * 
  *     cdef int end_copy(self) except -1:
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10940,7 +10950,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":424
+  /* "ivshmem/channel/ends.pyx":425
  *             return 0
  * 
  *     cdef int end_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -10959,7 +10969,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":433
+/* "ivshmem/channel/ends.pyx":434
  *             return self.membership.end_use()
  * 
  *     cdef int enlist(self) except -1:             # <<<<<<<<<<<<<<
@@ -10986,7 +10996,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enlist", 0);
 
-  /* "ivshmem/channel/ends.pyx":435
+  /* "ivshmem/channel/ends.pyx":436
  *     cdef int enlist(self) except -1:
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True             # <<<<<<<<<<<<<<
@@ -10995,7 +11005,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
 */
   __pyx_v_self->open = 1;
 
-  /* "ivshmem/channel/ends.pyx":436
+  /* "ivshmem/channel/ends.pyx":437
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -11011,7 +11021,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/channel/ends.pyx":437
+      /* "ivshmem/channel/ends.pyx":438
  *         self.open = True
  *         try:
  *             self.membership.ends[id(self)] = weakref.ref(self)             # <<<<<<<<<<<<<<
@@ -11019,9 +11029,9 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
  *             if self.membership.readonly:
 */
       __pyx_t_5 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 437, __pyx_L3_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 438, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_7 = __Pyx_PyObject_GetAttrStr(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 437, __pyx_L3_error)
+      __pyx_t_7 = __Pyx_PyObject_GetAttrStr(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 438, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       __pyx_t_8 = 1;
@@ -11041,12 +11051,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
         __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 437, __pyx_L3_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 438, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       if (unlikely(__pyx_v_self->membership->ends == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-        __PYX_ERR(0, 437, __pyx_L3_error)
+        __PYX_ERR(0, 438, __pyx_L3_error)
       }
       __pyx_t_5 = NULL;
       __pyx_t_8 = 1;
@@ -11054,48 +11064,48 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
         PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self)};
         __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_id, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 437, __pyx_L3_error)
+        if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 438, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_7);
       }
-      if (unlikely((PyDict_SetItem(__pyx_v_self->membership->ends, __pyx_t_7, __pyx_t_4) < 0))) __PYX_ERR(0, 437, __pyx_L3_error)
+      if (unlikely((PyDict_SetItem(__pyx_v_self->membership->ends, __pyx_t_7, __pyx_t_4) < 0))) __PYX_ERR(0, 438, __pyx_L3_error)
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-      /* "ivshmem/channel/ends.pyx":438
+      /* "ivshmem/channel/ends.pyx":439
  *         try:
  *             self.membership.ends[id(self)] = weakref.ref(self)
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *             if self.membership.readonly:
  *                 self.membership.look_for_quiet_ends()
 */
-      __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 438, __pyx_L3_error)
+      __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 439, __pyx_L3_error)
 
 
-      /* "ivshmem/channel/ends.pyx":439
+      /* "ivshmem/channel/ends.pyx":440
  *             self.membership.ends[id(self)] = weakref.ref(self)
  *             self.membership.flush()
  *             if self.membership.readonly:             # <<<<<<<<<<<<<<
  *                 self.membership.look_for_quiet_ends()
  *         except BaseException:
 */
-      __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_readonly); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 439, __pyx_L3_error)
+      __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_readonly); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 440, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_10 = __Pyx_PyObject_IsTrue(__pyx_t_4); if (unlikely((__pyx_t_10 < 0))) __PYX_ERR(0, 439, __pyx_L3_error)
+      __pyx_t_10 = __Pyx_PyObject_IsTrue(__pyx_t_4); if (unlikely((__pyx_t_10 < 0))) __PYX_ERR(0, 440, __pyx_L3_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/channel/ends.pyx":440
+        /* "ivshmem/channel/ends.pyx":441
  *             self.membership.flush()
  *             if self.membership.readonly:
  *                 self.membership.look_for_quiet_ends()             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.close()
 */
-        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->look_for_quiet_ends(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 440, __pyx_L3_error)
+        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->look_for_quiet_ends(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 441, __pyx_L3_error)
 
 
-        /* "ivshmem/channel/ends.pyx":439
+        /* "ivshmem/channel/ends.pyx":440
  *             self.membership.ends[id(self)] = weakref.ref(self)
  *             self.membership.flush()
  *             if self.membership.readonly:             # <<<<<<<<<<<<<<
@@ -11104,7 +11114,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
 */
       }
 
-      /* "ivshmem/channel/ends.pyx":436
+      /* "ivshmem/channel/ends.pyx":437
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -11122,7 +11132,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-    /* "ivshmem/channel/ends.pyx":441
+    /* "ivshmem/channel/ends.pyx":442
  *             if self.membership.readonly:
  *                 self.membership.look_for_quiet_ends()
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -11132,12 +11142,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __pyx_t_9 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_9) {
       __Pyx_AddTraceback("ivshmem.channel.ends.ChannelEnd.enlist", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_7, &__pyx_t_5) < 0) __PYX_ERR(0, 441, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_7, &__pyx_t_5) < 0) __PYX_ERR(0, 442, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_7);
       __Pyx_XGOTREF(__pyx_t_5);
 
-      /* "ivshmem/channel/ends.pyx":442
+      /* "ivshmem/channel/ends.pyx":443
  *                 self.membership.look_for_quiet_ends()
  *         except BaseException:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -11151,12 +11161,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
         PyObject *__pyx_callargs[2] = {__pyx_t_11, NULL};
         __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
-        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 442, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 443, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_6);
       }
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-      /* "ivshmem/channel/ends.pyx":443
+      /* "ivshmem/channel/ends.pyx":444
  *         except BaseException:
  *             self.close()
  *             raise             # <<<<<<<<<<<<<<
@@ -11168,11 +11178,11 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
       __Pyx_XGIVEREF(__pyx_t_5);
       __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_7, __pyx_t_5);
       __pyx_t_4 = 0;  __pyx_t_7 = 0;  __pyx_t_5 = 0; 
-      __PYX_ERR(0, 443, __pyx_L5_except_error)
+      __PYX_ERR(0, 444, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/ends.pyx":436
+    /* "ivshmem/channel/ends.pyx":437
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -11188,7 +11198,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/ends.pyx":444
+  /* "ivshmem/channel/ends.pyx":445
  *             self.close()
  *             raise
  *         return 0             # <<<<<<<<<<<<<<
@@ -11201,7 +11211,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":433
+  /* "ivshmem/channel/ends.pyx":434
  *             return self.membership.end_use()
  * 
  *     cdef int enlist(self) except -1:             # <<<<<<<<<<<<<<
@@ -11224,7 +11234,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":446
+/* "ivshmem/channel/ends.pyx":447
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -11280,7 +11290,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10__enter__(struc
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/ends.pyx":447
+  /* "ivshmem/channel/ends.pyx":448
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -11298,7 +11308,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10__enter__(struc
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":446
+  /* "ivshmem/channel/ends.pyx":447
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -11313,7 +11323,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10__enter__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":449
+/* "ivshmem/channel/ends.pyx":450
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
@@ -11362,7 +11372,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12__exit__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/ends.pyx":450
+  /* "ivshmem/channel/ends.pyx":451
  * 
  *     def __exit__(self, *error):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -11376,12 +11386,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12__exit__(struct
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 450, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 451, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":449
+  /* "ivshmem/channel/ends.pyx":450
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
@@ -11403,7 +11413,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12__exit__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":452
+/* "ivshmem/channel/ends.pyx":453
  *         self.close()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11443,7 +11453,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__repr__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/ends.pyx":453
+  /* "ivshmem/channel/ends.pyx":454
  * 
  *     def __repr__(self):
  *         state = ", closed" if not self.open else ""             # <<<<<<<<<<<<<<
@@ -11462,19 +11472,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__repr__(struct
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":454
+  /* "ivshmem/channel/ends.pyx":455
  *     def __repr__(self):
  *         state = ", closed" if not self.open else ""
  *         return f"<ivshmem.channel.{type(self).__name__} of {self.name!r}{state}>"             # <<<<<<<<<<<<<<
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 454, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 455, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 454, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 455, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 454, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 455, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_4 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 454, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 455, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel;
   __pyx_t_5[1] = __pyx_t_3;
@@ -11491,7 +11501,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__repr__(struct
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_5[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_5[4]);
   #endif
   __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 6, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 454, __pyx_L1_error)
+  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 455, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -11507,7 +11517,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__repr__(struct
   __pyx_t_8 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":452
+  /* "ivshmem/channel/ends.pyx":453
  *         self.close()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -13005,34 +13015,34 @@ __Pyx_RefNannySetupContext("PyInit_ends", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 392, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":446
+  /* "ivshmem/channel/ends.pyx":447
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_11__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 446, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_11__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 447, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 446, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 447, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":449
+  /* "ivshmem/channel/ends.pyx":450
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
  *         self.close()
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_13__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 449, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_13__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 450, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 449, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 450, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/ends.pyx":1
@@ -13085,7 +13095,7 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __pyx_builtin_id = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_id); if (!__pyx_builtin_id) __PYX_ERR(0, 406, __pyx_L1_error)
+  __pyx_builtin_id = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_id); if (!__pyx_builtin_id) __PYX_ERR(0, 407, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_items.type = (PyObject*)&PyDict_Type;
@@ -13116,12 +13126,12 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
     const struct { const unsigned int length: 8; } str_length_index[] = {{0},{65},{10},{4},{12},{15},{8},{1},{17},{1},{1},{4},{179},{2},{8},{8},{7},{6},{2},{9},{14},{24},{50},{22},{5},{23},{10},{20},{19},{21},{16},{17},{11},{6},{24},{26},{13},{20},{12},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{3},{18},{18},{5},{6},{5},{6},{6},{2},{5},{20},{10},{3},{8},{3},{4},{10},{6},{6},{7}};
-    const struct { const unsigned int length: 7; } bytes_length_index[] = {{34},{32},{28},{9},{9},{22},{7},{11},{126},{91}};
+    const struct { const unsigned int length: 8; } bytes_length_index[] = {{34},{32},{28},{9},{9},{22},{7},{11},{133},{91}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
     #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (816 bytes) */
-static const char cstring[] = "x\332mS\315n\0337\020\266\200\242p\022\245M\n\037r\234\240@\234\244\211\002\003\202\233\026E\013\303q\2226\200k\367\322#A\221\263\026k.\271&\271\262\026\275\370\250\343\036\367\270G\037\3638:\346\021\362\010\031r\265\262]W\200\226\303\371\375f\276!\010n\214\r0A\020\266P(\301:(\2248\325(\177\006[\240\001N\366):\260\006\341\234\004\004\025@y0\210\222\374I\022\332\372\030\231\001\234s\017\016s;C\37148D\310\034?\311\321\204g/Vn\243_\324\314Os\314GbJ\265Q\217~\375\355\220r\037\332\200\020\246<\300~\025\246\326\304\304\022\265\232\240\343\001u\005>8%\002\001!\047\003G\007G/\307\257\307\204NR\301\177P\004\017\276\234\010\315\275G\037\261LJ\245\2032\020\252\002\375\010~\317\240\262eB\r\301BA~\327\003\250E\003\036C\024`;\r\205\007e\r\243peN\266A*GE\324\014c\364[\256=\2168p)\031y\342\252\025r\362|\242\021M\374\236\010\345;I\366-\243s\326\371\325\355\325*\352\025\032\351GE57\226:\316x\251\0030\346P\226\002\031\003Y\246\222\306\232\2274\201\231\342\232\254B\031\025\030\213`)\272\260\312\204+&\302\224\304\240r\264e\307\024\021\314\301\2249\315r\277\253y`\344\2254b\214\030B\307\330M\335<\226\270\241\352A]S\246\222\327\356\231\322h\354~\002r\020\333\375\233\237bYt\337\253\024\"\221\314\330ZO\263\3674\362[\226.\037cG\325\234\376oh\005\330!\316\303_\2301\266\242\211\000\255;\350a3\226\225F\304\363\244OL\277\234+\223N+K\2354\206\347\351\244\3613\301\013\325\313\253\220(\316B\3440\032\316J\256\373\200~\024\267:Z+p\036/\324\327\272\210\277\006\345V\277\304&\372\210\\y&\254#\356\224AZ0\356+#\224\035\255u^h\3722\352$8.p\302\305i\"\241#?\255X\267g\335\350\224T\001s\377\337W\027\227\216\356\264\022~\252\212\302\026\216\212Y\243+\207\231GM\377\260Z\306\031\327%\372\363D\3079\362Sr8\252\376\234\3047\007\317\237^\211\3176\350\365\263\325\353\247\205\334\035\263\0007\354\222J$\3546\373_\273\247\247F\266\213\301\362\253\273\213\037\352\343\213\275\345\346p\361\266~\034\205o\026\252>[\016\037\324\203z\253>\256\261\331\211\332o\027g\027{\237\350\010\365n\363\360b\357\363\327\033w\206\2131]w\226""\303\3731\374}\235\262\374Q\313\346E\313\227\233\367\310\232\362\334kv\333\357\332\235N\363o\363\274\335o\303\345\3702|\334\211\326\315f\320;=\354]\266IL\272\237\332\224\363C]6o\332A\314\322\276\273$<\237\037m\334\271\037\001w\021\363\3327\217c\304\335\346\t\271m\265\307\235>\201\213y\3221l\366\226\303\330\300\230\334\277o\216\227\017\266\352\017Mu9X\246\266~\214\261_\000S+&\250";
+static const char cstring[] = "x\332mSKo\0337\020\266\200\242p\022%M\n\037r\234\240@\235\247\002\003\202\233\004A\n\303q\3224\200k\367\322#A\221\263\026k.\271&\271\262\026\275\370\250\343\036\367\270G\037\373st\314O\310O\350\220+\311r\235\005\2263\234\3477\017\202\340\306\330\000#\004a\013\205\022\254\203B\211S\215\362\r\330\002\rp\322\217\321\2015\010\347\304 \250\000\312\203A\224dO\234\320\326G\317\014\340\234{p\230\333\t\312\307\301!B\346\370I\216&<y\2760\033\274U\023?\3161\037\2101\345F=x\367\353!\305>\264\001!\214y\200\375*\214\255\211\201%j5B\307\003\352\n|pJ\004\002BF\006\216\016\216^\014_\r\t\235\244\204\177\243\010\036|9\022\232{\217>b\031\225J\007e T\005\372\001|\312\240\262eB\r\301BAv\353\016T\242\001\217!2\260\235\232\302\203\262\206\221\2732\047\333 \225\243$j\202\321\373\003\327\036\007\034\270\224\214,qQ\n\031y>\322\210&\236\047B\371\216\223\313\222\3219\353\374\342\366r\341\365\022\215\364\203\242\232\032K\025g\274\324\001\030s(K\201\214\201,SJc\315\013\352\300DqMZ\241\214\n\214E\260\344]Xe\302\325$\302\230\330\240r\264e7)\0320\007S\346\324\313\375.\347\201\221W\334\2001\232\020:\306\256\313\2461\3055\321\022\324\2320\245\\\273gJ\243\261\373\t\310A,\367/~\212e\321\235W!D\0322c+9\365\336S\313oh\272x\214\035US\372\337\323\n\260C\234\206?1cl1&\002\264\252`\t\233\261\2544\"\322\223e`\372r\256L\242V\226:I\014\317\023\245\3663\301\013\265\344\027.\221\235\2048\303\2508+\271^:,[q\243\242\225\000\247\361Bu\255\222\3705(7\352\245i\242\217\310\225g\302:\232\2352H\013\306}e\204\262\203\225\314\013M\047\243J\202\343\002G\\\234\246!t\303O+\326\355Y\327:%U\300\334\377\377\325\305\245\243;\255\204\037\253\242\260\205\243d\326\350\312a\346Q\323\037\026\3138\341\272D\177\236\306q\216\374\224\014\216\252?F\361\315\301\323\307W\354\223\rz\375l\361\372i!w\207,\3005\275\244\024\t\273\315\276\251\367\364\324Hw\321\233\177w{\366\254>\276\330\233o\366g\037\352G\221\2717S\365\331\274\177\277\356\325[\365q\215\315N\224\3760;\273\330\373B$\324\273\315\203\213\275\257\337o\334\352\317\206t\335\231\367\357F""\367\337\352\024\345\367Z6\317[>\337\274C\332\024\347N\263\333\376\330\356t\222\177\232\247\355~\033.\207\227\341\337\235\250\335lzk$\332>XZn\023\233d\257\333\024\372s]6\357\333^\014\326~\274$X_\037n\334\272\033qw\036\323\3327\217\242\307\355\346g2\333j\217;y\302\030\343$\322o\366\346\375X\307\220\314\177j\216\347\367\267\352\317Mu\331\233\247\352~\211\276\377\001.K(\315";
     PyObject *data = __Pyx_DecompressString(cstring, 816, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
@@ -13129,17 +13139,17 @@ static const char cstring[] = "x\332mS\315n\0337\020\266\200\242p\022\245M\n\037
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1065 bytes) */
-static const char cstring[] = "\377 cannot \377be copie\377d or pic\377kled: op\357en a\035\000her\277 one w\006\000e\377 it is n\347eed-\000\007\000clo\375s6\001f  was\377 removed\377(tree fr\377agment),\375 !\003.<ivsh\277mem.chy\000e\337l.>?NY\000No\377te that \277Cython_\001d\377eliberat\377ely stri\363ct\206\000\"\000n PE_P-484\233\000dn\000\377jects su\377bclasses\377 of buil\377tin type\377s. If yo}u\261\002 to p%\000v%\tth\350\000set\200\000\367e \047\220\"atio\373n_<\000ing\047 \267dirb\000iv\242\000o\377 False.a_ add_\274 e\304\004\376\"\000sableen^\002\001gcis\004\003d\353\005\277errors\372\004/\376\372\004/ends.p\377yxno def\377ault __r\377educe__ {dun\002non-\377\000\357vial\033\000cin\257it__\263\000 ;\000pgoin\217B\204Cth\234@?timeou\244C\336@_a num\311 C\357#wEnd\000\007.__\237@/er__\006\013x_\001\032\n\360\215\0051\010\370BA\010file\327noC\216bE\353\001Wa\257keup\000\003.\317\006cf\340B__\017\006\371 st\347@\371_\013\014J\003__Pyx\372\001\000D\200`_Next\037Ref__\240D\243 \271\006\374\310\000\262\002__func\177____getS\003\336\n\000main\020\001mowdul2\002nam:\002>\374 _capi.\001\010\001\314,\004\023\001vt\320AG\001qu\303al)\005\230E\301\016\262Fex\024{\001\321`_]\005s\200\010\337\016\313@\373es\321@_is_c\273or\271@ine\336`a\177syncio.\013\006\327scl\027\000_\307\000tr\177aceback\375\205\002\360\201\206\003\336b\342c\205Ciditgems\346\205\r\361ame\217a\377shippopr\376j\000onlyref\327sel\001\000t\206\204\004va\337luesw\302Bwe{ak\036\000PyOb\360\205\001\367 *(\001\007)\000wa\373s_\367\206\004int64\227_t \023\nd\315\000\267\002o\355f\013\022sp\234@of\200\377\001\330\004\n\210+\220Q\377\200A\330\010\014\210F\220\375!\005\001\016\210i\220q\330\377\014\020\220\001\220\024\220Q\357\220e\2301\033\001\017\210q\377\200A\340\010\017\210t\220\3776\230\021\200A\360\006\000\357\t\014\2104\014\0001\330\014\355\r;\001H\220A\002J\220d\177\230,\240a\330\010\013\033\000\376C\002\013\2306\240\022\2401\376\014\003{\230*\240C\240t\337\2504\250t\2607\000\020\220\247\010\230\001i\001!\001\021\033\005\047""\333\240\021\016\0039\240\225\002K\220\337u\230D\240\001B\001\240G}\250\215\000\360\030\000\t\r\255\001\276a\003x\220s\230!\257\001\n\273\230&$\000\024\240Qy\003t\355\220^\002\013\230e\002\014\230A\353\330\014\275\0014,\000#\230Q\377\330\020\024\220K\230y\250\013\001\330\322\00278\001";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1065, 1448);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1069 bytes) */
+static const char cstring[] = "\377 cannot \377be copie\377d or pic\377kled: op\357en a\035\000her\277 one w\006\000e\377 it is n\347eed-\000\007\000clo\375s6\001f  was\377 removed\377(tree fr\377agment),\375 !\003.<ivsh\277mem.chy\000e\337l.>?NY\000No\377te that \277Cython_\001d\377eliberat\377ely stri\363ct\206\000\"\000n PE_P-484\233\000dn\000\377jects su\377bclasses\377 of buil\377tin type\377s. If yo}u\261\002 to p%\000v%\tth\350\000set\200\000\367e \047\220\"atio\373n_<\000ing\047 \267dirb\000iv\242\000o\377 False.a_ add_\274 e\304\004\376\"\000sableen^\002\001gcis\004\003d\353\005\277errors\372\004/\376\372\004/ends.p\377yxno def\377ault __r\377educe__ {dun\002non-\377\000\357vial\033\000cin\257it__\263\000 ;\000pgoin\217B\204Cth\234@?timeou\244C\336@_a num\311 C\357#wEnd\000\007.__\237@/er__\006\013x_\001\032\n\360\215\0051\010\370BA\010file\327noC\216bE\353\001Wa\257keup\000\003.\317\006cf\340B__\017\006\371 st\347@\371_\013\014J\003__Pyx\372\001\000D\200`_Next\037Ref__\240D\243 \271\006\374\310\000\262\002__func\177____getS\003\336\n\000main\020\001mowdul2\002nam:\002>\374 _capi.\001\010\001\314,\004\023\001vt\320AG\001qu\303al)\005\230E\301\016\262Fex\024{\001\321`_]\005s\200\010\337\016\313@\373es\321@_is_c\273or\271@ine\336`a\177syncio.\013\006\327scl\027\000_\307\000tr\177aceback\375\205\002\360\201\206\003\336b\342c\205Ciditgems\346\205\r\361ame\217a\377shippopr\376j\000onlyref\327sel\001\000t\206\204\004va\337luesw\302Bwe{ak\036\000PyOb\360\205\001\367 *(\001\007)\000wa\373s_\367\206\004int64\227_t \023\nd\315\000\267\002o\355f\013\022sp\234@of\200\377\001\330\004\n\210+\220Q\377\200A\330\010\014\210F\220\375!\005\001\016\210i\220q\330\377\014\020\220\001\220\024\220Q\357\220e\2301\033\001\017\210q\377\200A\340\010\017\210t\220\3776\230\021\200A\360\006\000\357\t\014\2104\014\0001\330\014\355\r;\001H\220A\002J\220d\177\230,\240a\330\010\013\033\000\376C\002\013\2306\240\022\2401\376\014\003{\230*\240C\240t\337\2504\250t\2607\000\020\220G\010\230\001i\001\000\004(\001\021\"\005""\367\047\240\021\204\001\013\2309\240\376\234\002K\220u\230D\240\001\356I\001\240G\250\224\000\360\030\000\363\t\r\264\001h\003x\220s\230\335!\266\001\n\230&$\000\024\240mQ\200\003t\220e\002\013\230l\002_\014\230A\330\014\304\0014,\000\377#\230Q\330\020\024\220K_\230y\250\001\330\331\00278\001";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1069, 1455);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (1448 bytes) */
-static const char bytes[] = " cannot be copied or pickled: open another one where it is needed is closed of  was removed(tree fragment), closed.<ivshmem.channel.>?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notechannel disableenablegcisenabledivshmem.errorsivshmem/channel/ends.pyxno default __reduce__ due to non-trivial __cinit__the endpoint is closedthis timeout is not a numberChannelEndChannelEnd.__enter__ChannelEnd.__exit__ChannelEnd.__reduce__ChannelEnd.closeChannelEnd.filenoClosedErrorWakeupWakeup.__reduce_cython__Wakeup.__setstate_cython__Wakeup.fileno__Pyx_PyDict_NextRef__annotate____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddasyncio.coroutinescline_in_tracebackcloseclosederrorerrorsfilenoiditemsivshmem.channel.endsmembershippopreadonlyrefselfsetdefaultvalueswakeupweakrefPyObject *(PyObject *)\000was_removedint64_t (PyObject *)\000deadline_ofint64_t (PyObject *)\000spin_of\200\001\330\004\n\210+\220Q\200A\330\010\014\210F\220!\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\340\010\017\210t\2206\230\021\200A\360\006\000\t\014\2104\210t\2201\330\014\r\330\010\014\210H\220A\330\010\014\210J\220d\230,\240a\330\010\013\2104\210q\330\014\020\220\013\2306\240\022\2401\330\010\013\2104\210{\230*\240C\240t\2504\250t\2601\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\021\330\010\013\2104\210{\230\047\240\021\330\014\020\220\013\2309\240A\330\010\014\210K\220u\230D\240\001\240\022\2401\240G\2501\200A\360\030\000\t\r\210F\220!\330\010\013\2104\210x\220s\230!\330\014\020\220\n\230&\240\001\240\024\240Q\330\010\013\2104\210t\2201\330\014\020\220\013\2301\330\014\020\220\014\230A\330\014\017\210t\2204\220s\230#\230Q\330""\020\024\220K\230y\250\001\330\010\017\210t\2207\230&\240\001";
+    #else /* compression: none (1455 bytes) */
+static const char bytes[] = " cannot be copied or pickled: open another one where it is needed is closed of  was removed(tree fragment), closed.<ivshmem.channel.>?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notechannel disableenablegcisenabledivshmem.errorsivshmem/channel/ends.pyxno default __reduce__ due to non-trivial __cinit__the endpoint is closedthis timeout is not a numberChannelEndChannelEnd.__enter__ChannelEnd.__exit__ChannelEnd.__reduce__ChannelEnd.closeChannelEnd.filenoClosedErrorWakeupWakeup.__reduce_cython__Wakeup.__setstate_cython__Wakeup.fileno__Pyx_PyDict_NextRef__annotate____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddasyncio.coroutinescline_in_tracebackcloseclosederrorerrorsfilenoiditemsivshmem.channel.endsmembershippopreadonlyrefselfsetdefaultvalueswakeupweakrefPyObject *(PyObject *)\000was_removedint64_t (PyObject *)\000deadline_ofint64_t (PyObject *)\000spin_of\200\001\330\004\n\210+\220Q\200A\330\010\014\210F\220!\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\340\010\017\210t\2206\230\021\200A\360\006\000\t\014\2104\210t\2201\330\014\r\330\010\014\210H\220A\330\010\014\210J\220d\230,\240a\330\010\013\2104\210q\330\014\020\220\013\2306\240\022\2401\330\010\013\2104\210{\230*\240C\240t\2504\250t\2601\330\014\020\220\010\230\001\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\021\330\010\013\2104\210{\230\047\240\021\330\014\020\220\013\2309\240A\330\010\014\210K\220u\230D\240\001\240\022\2401\240G\2501\200A\360\030\000\t\r\210F\220!\330\010\013\2104\210x\220s\230!\330\014\020\220\n\230&\240\001\240\024\240Q\330\010\013\2104\210t\2201\330\014\020\220\013\2301\330\014\020\220\014\230A\330\014\017\210t""\2204\220s\230#\230Q\330\020\024\220K\230y\250\001\330\010\017\210t\2207\230&\240\001";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -13292,12 +13302,12 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_HA_Jd_a_4q_6_1_4_Ct4t1_6_4, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 446};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 447};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 449};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 450};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }

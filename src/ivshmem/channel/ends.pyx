@@ -400,6 +400,7 @@ cdef class ChannelEnd(Dependent):
             self.membership.watch(-1)
         if self.membership.has_place() and not self.copying:
             self.give_up()
+            self.pass_on()
             self.membership.flush()
         if self.membership.is_own():
             self.membership.kick_all()

@@ -378,4 +378,5 @@ cdef extern from "ivshmem_channel.h" nogil:
     int ivshmem_claim_is_published(uint64_t head, uint64_t claim)
     int ivshmem_call_waits(const ivshmem_writer *caller, uint64_t position)
     int ivshmem_listener_has_caller(const ivshmem_listener *listener)
+    void ivshmem_listener_pass_on(ivshmem_listener *listener)
     void ivshmem_full_fence(const ivshmem_memory *memory)

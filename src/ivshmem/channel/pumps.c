@@ -2686,15 +2686,16 @@ struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper {
  * 
  * cdef class StreamListener(ChannelEnd):             # <<<<<<<<<<<<<<
  *     cdef ivshmem_listener listener
- * 
+ *     cdef bint slept
 */
 struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener {
   struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   struct ivshmem_listener listener;
+  int slept;
 };
 
 
-/* "streams.pxd":23
+/* "streams.pxd":26
  * 
  * 
  * cdef class Stream(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -3097,16 +3098,17 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_11stream_poll_Sleeper *__pyx_vt
  * 
  * cdef class StreamListener(ChannelEnd):             # <<<<<<<<<<<<<<
  *     cdef ivshmem_listener listener
- * 
+ *     cdef bint slept
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener {
   struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
+  int (*next_caller)(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *, struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, PyObject *, PyObject *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *__pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener;
 
 
-/* "streams.pxd":23
+/* "streams.pxd":26
  * 
  * 
  * cdef class Stream(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -9432,8 +9434,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_7streams_Stream), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_7streams_Stream),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) __PYX_ERR(10, 23, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream, (void**)&__pyx_vtabptr_7ivshmem_7channel_7streams_Stream) != 1)) __PYX_ERR(10, 23, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) __PYX_ERR(10, 26, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream, (void**)&__pyx_vtabptr_7ivshmem_7channel_7streams_Stream) != 1)) __PYX_ERR(10, 26, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;

@@ -3174,7 +3174,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_vtabptr_7ivshmem_7channel_6queues_ClaimingEnd;
 
 
-/* "ivshmem/channel/queues.pyx":106
+/* "ivshmem/channel/queues.pyx":108
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3193,7 +3193,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader {
 static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *__pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader;
 
 
-/* "ivshmem/channel/queues.pyx":289
+/* "ivshmem/channel/queues.pyx":291
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -6759,7 +6759,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
  *             finally:
  *                 if self.usable():             # <<<<<<<<<<<<<<
  *                     self.pass_on()
- *         if code and code != IVSHMEM_AGAIN:
+ *         elif self.slept:  # in an event loop, or by its descriptor
 */
     /*finally:*/ {
       /*normal exit:*/{
@@ -6772,8 +6772,8 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
  *             finally:
  *                 if self.usable():
  *                     self.pass_on()             # <<<<<<<<<<<<<<
- *         if code and code != IVSHMEM_AGAIN:
- *             raise self.fail(code)
+ *         elif self.slept:  # in an event loop, or by its descriptor
+ *             self.pass_on()
 */
           __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.pass_on(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 100, __pyx_L1_error)
 
@@ -6783,7 +6783,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
  *             finally:
  *                 if self.usable():             # <<<<<<<<<<<<<<
  *                     self.pass_on()
- *         if code and code != IVSHMEM_AGAIN:
+ *         elif self.slept:  # in an event loop, or by its descriptor
 */
         }
         goto __pyx_L6;
@@ -6812,8 +6812,8 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
  *             finally:
  *                 if self.usable():
  *                     self.pass_on()             # <<<<<<<<<<<<<<
- *         if code and code != IVSHMEM_AGAIN:
- *             raise self.fail(code)
+ *         elif self.slept:  # in an event loop, or by its descriptor
+ *             self.pass_on()
 */
             __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.pass_on(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 100, __pyx_L12_error)
 
@@ -6823,7 +6823,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
  *             finally:
  *                 if self.usable():             # <<<<<<<<<<<<<<
  *                     self.pass_on()
- *         if code and code != IVSHMEM_AGAIN:
+ *         elif self.slept:  # in an event loop, or by its descriptor
 */
           }
         }
@@ -6859,11 +6859,41 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
  *             try:
  *                 code = self.wait(timeout, spin)
 */
+    goto __pyx_L3;
   }
 
   /* "ivshmem/channel/queues.pyx":101
  *                 if self.usable():
  *                     self.pass_on()
+ *         elif self.slept:  # in an event loop, or by its descriptor             # <<<<<<<<<<<<<<
+ *             self.pass_on()
+ *         if code and code != IVSHMEM_AGAIN:
+*/
+  if (__pyx_v_self->slept) {
+
+    /* "ivshmem/channel/queues.pyx":102
+ *                     self.pass_on()
+ *         elif self.slept:  # in an event loop, or by its descriptor
+ *             self.pass_on()             # <<<<<<<<<<<<<<
+ *         if code and code != IVSHMEM_AGAIN:
+ *             raise self.fail(code)
+*/
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.pass_on(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 102, __pyx_L1_error)
+
+
+    /* "ivshmem/channel/queues.pyx":101
+ *                 if self.usable():
+ *                     self.pass_on()
+ *         elif self.slept:  # in an event loop, or by its descriptor             # <<<<<<<<<<<<<<
+ *             self.pass_on()
+ *         if code and code != IVSHMEM_AGAIN:
+*/
+  }
+  __pyx_L3:;
+
+  /* "ivshmem/channel/queues.pyx":103
+ *         elif self.slept:  # in an event loop, or by its descriptor
+ *             self.pass_on()
  *         if code and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *             raise self.fail(code)
  *         return code
@@ -6887,29 +6917,29 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/queues.pyx":102
- *                     self.pass_on()
+    /* "ivshmem/channel/queues.pyx":104
+ *             self.pass_on()
  *         if code and code != IVSHMEM_AGAIN:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         return code
  * 
 */
-    __pyx_t_14 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 102, __pyx_L1_error)
+    __pyx_t_14 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 104, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __Pyx_Raise(__pyx_t_14, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    __PYX_ERR(0, 102, __pyx_L1_error)
+    __PYX_ERR(0, 104, __pyx_L1_error)
 
-    /* "ivshmem/channel/queues.pyx":101
- *                 if self.usable():
- *                     self.pass_on()
+    /* "ivshmem/channel/queues.pyx":103
+ *         elif self.slept:  # in an event loop, or by its descriptor
+ *             self.pass_on()
  *         if code and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *             raise self.fail(code)
  *         return code
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":103
+  /* "ivshmem/channel/queues.pyx":105
  *         if code and code != IVSHMEM_AGAIN:
  *             raise self.fail(code)
  *         return code             # <<<<<<<<<<<<<<
@@ -7148,7 +7178,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11ClaimingEnd_2__setstate_cy
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":117
+/* "ivshmem/channel/queues.pyx":119
  *     """
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7196,20 +7226,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 117, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 119, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 117, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 119, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get", 0) < (0)) __PYX_ERR(0, 117, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get", 0) < (0)) __PYX_ERR(0, 119, __pyx_L3_error)
 
-      /* "ivshmem/channel/queues.pyx":119
+      /* "ivshmem/channel/queues.pyx":121
  *     @cython.binding(False)
  *     @cython.critical_section
  *     def get(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -7222,7 +7252,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 117, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 119, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -7235,7 +7265,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 117, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 119, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7248,7 +7278,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/queues.pyx":117
+  /* "ivshmem/channel/queues.pyx":119
  *     """
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7281,14 +7311,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":140
+        /* "ivshmem/channel/queues.pyx":142
  *             ChannelCorrupt, ClosedError: as of Reader.get.
  *         """
  *         return self.got(timeout, spin, None)             # <<<<<<<<<<<<<<
  * 
  *     cdef object got(self, object timeout, object spin, object absent):
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->got(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 140, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->got(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 142, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -7303,7 +7333,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/queues.pyx":117
+      /* "ivshmem/channel/queues.pyx":119
  *     """
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7341,7 +7371,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":142
+/* "ivshmem/channel/queues.pyx":144
  *         return self.got(timeout, spin, None)
  * 
  *     cdef object got(self, object timeout, object spin, object absent):             # <<<<<<<<<<<<<<
@@ -7367,21 +7397,21 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_got(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("got", 0);
 
-  /* "ivshmem/channel/queues.pyx":146
+  /* "ivshmem/channel/queues.pyx":148
  *         cdef ivshmem_taken taken
  *         cdef bytes data
  *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):             # <<<<<<<<<<<<<<
  *             return absent
  *         if self.type is not None:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 146, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 148, __pyx_L1_error)
   __pyx_t_2 = (__pyx_t_1 != 0);
 
 
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/queues.pyx":147
+    /* "ivshmem/channel/queues.pyx":149
  *         cdef bytes data
  *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *             return absent             # <<<<<<<<<<<<<<
@@ -7399,7 +7429,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_got(struct __py
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/queues.pyx":146
+    /* "ivshmem/channel/queues.pyx":148
  *         cdef ivshmem_taken taken
  *         cdef bytes data
  *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):             # <<<<<<<<<<<<<<
@@ -7408,7 +7438,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_got(struct __py
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":148
+  /* "ivshmem/channel/queues.pyx":150
  *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *             return absent
  *         if self.type is not None:             # <<<<<<<<<<<<<<
@@ -7419,14 +7449,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_got(struct __py
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/queues.pyx":149
+    /* "ivshmem/channel/queues.pyx":151
  *             return absent
  *         if self.type is not None:
  *             return self.decoded(&taken)             # <<<<<<<<<<<<<<
  *         try:
  *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->decoded(__pyx_v_self, (&__pyx_v_taken)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 149, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->decoded(__pyx_v_self, (&__pyx_v_taken)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 151, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     {
       PyObject *__pyx_temp;
@@ -7439,7 +7469,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_got(struct __py
     __pyx_t_3 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/queues.pyx":148
+    /* "ivshmem/channel/queues.pyx":150
  *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *             return absent
  *         if self.type is not None:             # <<<<<<<<<<<<<<
@@ -7448,7 +7478,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_got(struct __py
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":150
+  /* "ivshmem/channel/queues.pyx":152
  *         if self.type is not None:
  *             return self.decoded(&taken)
  *         try:             # <<<<<<<<<<<<<<
@@ -7464,19 +7494,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_got(struct __py
     __Pyx_XGOTREF(__pyx_t_6);
     /*try:*/ {
 
-      /* "ivshmem/channel/queues.pyx":151
+      /* "ivshmem/channel/queues.pyx":153
  *             return self.decoded(&taken)
  *         try:
  *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)             # <<<<<<<<<<<<<<
  *         except MemoryError:
  *             self.undo(&taken)
 */
-      __pyx_t_3 = PyBytes_FromStringAndSize(NULL, __pyx_v_taken.message.length); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 151, __pyx_L5_error)
+      __pyx_t_3 = PyBytes_FromStringAndSize(NULL, __pyx_v_taken.message.length); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 153, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_3);
       __pyx_v_data = ((PyObject*)__pyx_t_3);
       __pyx_t_3 = 0;
 
-      /* "ivshmem/channel/queues.pyx":150
+      /* "ivshmem/channel/queues.pyx":152
  *         if self.type is not None:
  *             return self.decoded(&taken)
  *         try:             # <<<<<<<<<<<<<<
@@ -7491,7 +7521,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_got(struct __py
     __pyx_L5_error:;
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/queues.pyx":152
+    /* "ivshmem/channel/queues.pyx":154
  *         try:
  *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
  *         except MemoryError:             # <<<<<<<<<<<<<<
@@ -7501,22 +7531,22 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_got(struct __py
     __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_MemoryError))));
     if (__pyx_t_1) {
       __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.got", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_7, &__pyx_t_8) < 0) __PYX_ERR(0, 152, __pyx_L7_except_error)
+      if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_7, &__pyx_t_8) < 0) __PYX_ERR(0, 154, __pyx_L7_except_error)
       __Pyx_XGOTREF(__pyx_t_3);
       __Pyx_XGOTREF(__pyx_t_7);
       __Pyx_XGOTREF(__pyx_t_8);
 
-      /* "ivshmem/channel/queues.pyx":153
+      /* "ivshmem/channel/queues.pyx":155
  *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
  *         except MemoryError:
  *             self.undo(&taken)             # <<<<<<<<<<<<<<
  *             raise
  *         self.copy(&taken, PyBytes_AS_STRING(data))
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.undo(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 153, __pyx_L7_except_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.undo(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 155, __pyx_L7_except_error)
 
 
-      /* "ivshmem/channel/queues.pyx":154
+      /* "ivshmem/channel/queues.pyx":156
  *         except MemoryError:
  *             self.undo(&taken)
  *             raise             # <<<<<<<<<<<<<<
@@ -7528,11 +7558,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_got(struct __py
       __Pyx_XGIVEREF(__pyx_t_8);
       __Pyx_ErrRestoreWithState(__pyx_t_3, __pyx_t_7, __pyx_t_8);
       __pyx_t_3 = 0;  __pyx_t_7 = 0;  __pyx_t_8 = 0; 
-      __PYX_ERR(0, 154, __pyx_L7_except_error)
+      __PYX_ERR(0, 156, __pyx_L7_except_error)
     }
     goto __pyx_L7_except_error;
 
-    /* "ivshmem/channel/queues.pyx":150
+    /* "ivshmem/channel/queues.pyx":152
  *         if self.type is not None:
  *             return self.decoded(&taken)
  *         try:             # <<<<<<<<<<<<<<
@@ -7548,27 +7578,27 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_got(struct __py
     __pyx_L10_try_end:;
   }
 
-  /* "ivshmem/channel/queues.pyx":155
+  /* "ivshmem/channel/queues.pyx":157
  *             self.undo(&taken)
  *             raise
  *         self.copy(&taken, PyBytes_AS_STRING(data))             # <<<<<<<<<<<<<<
  *         self.acknowledge(&taken)
  *         return data
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->copy(__pyx_v_self, (&__pyx_v_taken), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 155, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->copy(__pyx_v_self, (&__pyx_v_taken), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 157, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/queues.pyx":156
+  /* "ivshmem/channel/queues.pyx":158
  *             raise
  *         self.copy(&taken, PyBytes_AS_STRING(data))
  *         self.acknowledge(&taken)             # <<<<<<<<<<<<<<
  *         return data
  * 
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->acknowledge(__pyx_v_self, (&__pyx_v_taken)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 156, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->acknowledge(__pyx_v_self, (&__pyx_v_taken)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 158, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/queues.pyx":157
+  /* "ivshmem/channel/queues.pyx":159
  *         self.copy(&taken, PyBytes_AS_STRING(data))
  *         self.acknowledge(&taken)
  *         return data             # <<<<<<<<<<<<<<
@@ -7586,7 +7616,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_got(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":142
+  /* "ivshmem/channel/queues.pyx":144
  *         return self.got(timeout, spin, None)
  * 
  *     cdef object got(self, object timeout, object spin, object absent):             # <<<<<<<<<<<<<<
@@ -7609,7 +7639,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_got(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":159
+/* "ivshmem/channel/queues.pyx":161
  *         return data
  * 
  *     cdef object decoded(self, const ivshmem_taken *taken):             # <<<<<<<<<<<<<<
@@ -7646,7 +7676,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("decoded", 0);
 
-  /* "ivshmem/channel/queues.pyx":163
+  /* "ivshmem/channel/queues.pyx":165
  *         cdef bytes data
  *         cdef object found
  *         try:             # <<<<<<<<<<<<<<
@@ -7662,29 +7692,29 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/channel/queues.pyx":164
+      /* "ivshmem/channel/queues.pyx":166
  *         cdef object found
  *         try:
  *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)             # <<<<<<<<<<<<<<
  *             self.copy(taken, PyBytes_AS_STRING(data))
  *             ivshmem_load_barrier(&self.channel.area.memory)
 */
-      __pyx_t_4 = PyBytes_FromStringAndSize(NULL, __pyx_v_taken->message.length); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 164, __pyx_L3_error)
+      __pyx_t_4 = PyBytes_FromStringAndSize(NULL, __pyx_v_taken->message.length); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 166, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_4);
       __pyx_v_data = ((PyObject*)__pyx_t_4);
       __pyx_t_4 = 0;
 
-      /* "ivshmem/channel/queues.pyx":165
+      /* "ivshmem/channel/queues.pyx":167
  *         try:
  *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
  *             self.copy(taken, PyBytes_AS_STRING(data))             # <<<<<<<<<<<<<<
  *             ivshmem_load_barrier(&self.channel.area.memory)
  *             if ivshmem_get(&self.channel, taken.claim_at) != taken.claim:
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->copy(__pyx_v_self, __pyx_v_taken, PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 165, __pyx_L3_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->copy(__pyx_v_self, __pyx_v_taken, PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 167, __pyx_L3_error)
 
 
-      /* "ivshmem/channel/queues.pyx":166
+      /* "ivshmem/channel/queues.pyx":168
  *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
  *             self.copy(taken, PyBytes_AS_STRING(data))
  *             ivshmem_load_barrier(&self.channel.area.memory)             # <<<<<<<<<<<<<<
@@ -7693,7 +7723,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
 */
       ivshmem_load_barrier((&__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.channel.area.memory));
 
-      /* "ivshmem/channel/queues.pyx":167
+      /* "ivshmem/channel/queues.pyx":169
  *             self.copy(taken, PyBytes_AS_STRING(data))
  *             ivshmem_load_barrier(&self.channel.area.memory)
  *             if ivshmem_get(&self.channel, taken.claim_at) != taken.claim:             # <<<<<<<<<<<<<<
@@ -7705,20 +7735,20 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
       if (unlikely(__pyx_t_6)) {
 
 
-        /* "ivshmem/channel/queues.pyx":168
+        /* "ivshmem/channel/queues.pyx":170
  *             ivshmem_load_barrier(&self.channel.area.memory)
  *             if ivshmem_get(&self.channel, taken.claim_at) != taken.claim:
  *                 raise self.too_late()  # what was copied may be torn: it is not decoded             # <<<<<<<<<<<<<<
  *             found = self.type.decode(data)
  *             self.enter()
 */
-        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->too_late(__pyx_v_self); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 168, __pyx_L3_error)
+        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->too_late(__pyx_v_self); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 170, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_4);
         __Pyx_Raise(__pyx_t_4, 0, 0, 0);
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        __PYX_ERR(0, 168, __pyx_L3_error)
+        __PYX_ERR(0, 170, __pyx_L3_error)
 
-        /* "ivshmem/channel/queues.pyx":167
+        /* "ivshmem/channel/queues.pyx":169
  *             self.copy(taken, PyBytes_AS_STRING(data))
  *             ivshmem_load_barrier(&self.channel.area.memory)
  *             if ivshmem_get(&self.channel, taken.claim_at) != taken.claim:             # <<<<<<<<<<<<<<
@@ -7727,7 +7757,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
 */
       }
 
-      /* "ivshmem/channel/queues.pyx":169
+      /* "ivshmem/channel/queues.pyx":171
  *             if ivshmem_get(&self.channel, taken.claim_at) != taken.claim:
  *                 raise self.too_late()  # what was copied may be torn: it is not decoded
  *             found = self.type.decode(data)             # <<<<<<<<<<<<<<
@@ -7741,23 +7771,23 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
         PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_v_data};
         __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 169, __pyx_L3_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 171, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       __pyx_v_found = __pyx_t_4;
       __pyx_t_4 = 0;
 
-      /* "ivshmem/channel/queues.pyx":170
+      /* "ivshmem/channel/queues.pyx":172
  *                 raise self.too_late()  # what was copied may be torn: it is not decoded
  *             found = self.type.decode(data)
  *             self.enter()             # <<<<<<<<<<<<<<
  *         except BaseException as error:
  *             if not self.is_for_ever(error):
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 170, __pyx_L3_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 172, __pyx_L3_error)
 
 
-      /* "ivshmem/channel/queues.pyx":163
+      /* "ivshmem/channel/queues.pyx":165
  *         cdef bytes data
  *         cdef object found
  *         try:             # <<<<<<<<<<<<<<
@@ -7773,7 +7803,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-    /* "ivshmem/channel/queues.pyx":171
+    /* "ivshmem/channel/queues.pyx":173
  *             found = self.type.decode(data)
  *             self.enter()
  *         except BaseException as error:             # <<<<<<<<<<<<<<
@@ -7783,7 +7813,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
     __pyx_t_5 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_5) {
       __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.decoded", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_7, &__pyx_t_9) < 0) __PYX_ERR(0, 171, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_7, &__pyx_t_9) < 0) __PYX_ERR(0, 173, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_7);
       __Pyx_XGOTREF(__pyx_t_9);
@@ -7791,31 +7821,31 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
       __pyx_v_error = __pyx_t_7;
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":172
+        /* "ivshmem/channel/queues.pyx":174
  *             self.enter()
  *         except BaseException as error:
  *             if not self.is_for_ever(error):             # <<<<<<<<<<<<<<
  *                 self.undo(taken)
  *             elif self.usable():
 */
-        __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.is_for_ever(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_error); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 172, __pyx_L15_error)
+        __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.is_for_ever(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_error); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 174, __pyx_L15_error)
         __pyx_t_10 = (!__pyx_t_6);
 
 
         if (__pyx_t_10) {
 
 
-          /* "ivshmem/channel/queues.pyx":173
+          /* "ivshmem/channel/queues.pyx":175
  *         except BaseException as error:
  *             if not self.is_for_ever(error):
  *                 self.undo(taken)             # <<<<<<<<<<<<<<
  *             elif self.usable():
  *                 self.acknowledge(taken)
 */
-          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.undo(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), __pyx_v_taken); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 173, __pyx_L15_error)
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.undo(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), __pyx_v_taken); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 175, __pyx_L15_error)
 
 
-          /* "ivshmem/channel/queues.pyx":172
+          /* "ivshmem/channel/queues.pyx":174
  *             self.enter()
  *         except BaseException as error:
  *             if not self.is_for_ever(error):             # <<<<<<<<<<<<<<
@@ -7825,7 +7855,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
           goto __pyx_L17;
         }
 
-        /* "ivshmem/channel/queues.pyx":174
+        /* "ivshmem/channel/queues.pyx":176
  *             if not self.is_for_ever(error):
  *                 self.undo(taken)
  *             elif self.usable():             # <<<<<<<<<<<<<<
@@ -7837,17 +7867,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
         if (__pyx_t_10) {
 
 
-          /* "ivshmem/channel/queues.pyx":175
+          /* "ivshmem/channel/queues.pyx":177
  *                 self.undo(taken)
  *             elif self.usable():
  *                 self.acknowledge(taken)             # <<<<<<<<<<<<<<
  *             raise
  *         self.acknowledge(taken)
 */
-          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->acknowledge(__pyx_v_self, __pyx_v_taken); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 175, __pyx_L15_error)
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->acknowledge(__pyx_v_self, __pyx_v_taken); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 177, __pyx_L15_error)
 
 
-          /* "ivshmem/channel/queues.pyx":174
+          /* "ivshmem/channel/queues.pyx":176
  *             if not self.is_for_ever(error):
  *                 self.undo(taken)
  *             elif self.usable():             # <<<<<<<<<<<<<<
@@ -7857,7 +7887,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
         }
         __pyx_L17:;
 
-        /* "ivshmem/channel/queues.pyx":176
+        /* "ivshmem/channel/queues.pyx":178
  *             elif self.usable():
  *                 self.acknowledge(taken)
  *             raise             # <<<<<<<<<<<<<<
@@ -7869,10 +7899,10 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
         __Pyx_XGIVEREF(__pyx_t_9);
         __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_7, __pyx_t_9);
         __pyx_t_4 = 0;  __pyx_t_7 = 0;  __pyx_t_9 = 0; 
-        __PYX_ERR(0, 176, __pyx_L15_error)
+        __PYX_ERR(0, 178, __pyx_L15_error)
       }
 
-      /* "ivshmem/channel/queues.pyx":171
+      /* "ivshmem/channel/queues.pyx":173
  *             found = self.type.decode(data)
  *             self.enter()
  *         except BaseException as error:             # <<<<<<<<<<<<<<
@@ -7913,7 +7943,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/queues.pyx":163
+    /* "ivshmem/channel/queues.pyx":165
  *         cdef bytes data
  *         cdef object found
  *         try:             # <<<<<<<<<<<<<<
@@ -7929,17 +7959,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/queues.pyx":177
+  /* "ivshmem/channel/queues.pyx":179
  *                 self.acknowledge(taken)
  *             raise
  *         self.acknowledge(taken)             # <<<<<<<<<<<<<<
  *         return found
  * 
 */
-  __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->acknowledge(__pyx_v_self, __pyx_v_taken); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 177, __pyx_L1_error)
+  __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->acknowledge(__pyx_v_self, __pyx_v_taken); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 179, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/queues.pyx":178
+  /* "ivshmem/channel/queues.pyx":180
  *             raise
  *         self.acknowledge(taken)
  *         return found             # <<<<<<<<<<<<<<
@@ -7957,7 +7987,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":159
+  /* "ivshmem/channel/queues.pyx":161
  *         return data
  * 
  *     cdef object decoded(self, const ivshmem_taken *taken):             # <<<<<<<<<<<<<<
@@ -7981,7 +8011,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":180
+/* "ivshmem/channel/queues.pyx":182
  *         return found
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8031,24 +8061,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 180, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 182, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 180, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 182, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 180, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 182, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into", 0) < (0)) __PYX_ERR(0, 180, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into", 0) < (0)) __PYX_ERR(0, 182, __pyx_L3_error)
 
-      /* "ivshmem/channel/queues.pyx":181
+      /* "ivshmem/channel/queues.pyx":183
  * 
  *     @cython.critical_section
  *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -8058,17 +8088,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, i); __PYX_ERR(0, 180, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, i); __PYX_ERR(0, 182, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 180, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 182, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 180, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 182, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -8081,7 +8111,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 180, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 182, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8094,7 +8124,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v_buffer, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/queues.pyx":180
+  /* "ivshmem/channel/queues.pyx":182
  *         return found
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8146,7 +8176,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":193
+        /* "ivshmem/channel/queues.pyx":195
  *         cdef Py_buffer view
  *         cdef ivshmem_taken taken
  *         take_target(self.type, self.name, buffer, &view)             # <<<<<<<<<<<<<<
@@ -8157,12 +8187,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
         __Pyx_INCREF(__pyx_t_2);
         __pyx_t_3 = __pyx_v_self->__pyx_base.__pyx_base.__pyx_base.name;
         __Pyx_INCREF(__pyx_t_3);
-        __pyx_t_4 = __pyx_f_7ivshmem_7channel_5roles_take_target(__pyx_t_2, ((PyObject*)__pyx_t_3), __pyx_v_buffer, (&__pyx_v_view)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 193, __pyx_L4_error)
+        __pyx_t_4 = __pyx_f_7ivshmem_7channel_5roles_take_target(__pyx_t_2, ((PyObject*)__pyx_t_3), __pyx_v_buffer, (&__pyx_v_view)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 195, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
 
-        /* "ivshmem/channel/queues.pyx":194
+        /* "ivshmem/channel/queues.pyx":196
  *         cdef ivshmem_taken taken
  *         take_target(self.type, self.name, buffer, &view)
  *         try:             # <<<<<<<<<<<<<<
@@ -8171,21 +8201,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/queues.pyx":195
+          /* "ivshmem/channel/queues.pyx":197
  *         take_target(self.type, self.name, buffer, &view)
  *         try:
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):             # <<<<<<<<<<<<<<
  *                 return None
  *             if taken.message.length > <uint64_t>view.len:
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 195, __pyx_L7_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 197, __pyx_L7_error)
           __pyx_t_5 = (__pyx_t_4 != 0);
 
 
           if (__pyx_t_5) {
 
 
-            /* "ivshmem/channel/queues.pyx":196
+            /* "ivshmem/channel/queues.pyx":198
  *         try:
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *                 return None             # <<<<<<<<<<<<<<
@@ -8203,7 +8233,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L6_return;
 
-            /* "ivshmem/channel/queues.pyx":195
+            /* "ivshmem/channel/queues.pyx":197
  *         take_target(self.type, self.name, buffer, &view)
  *         try:
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):             # <<<<<<<<<<<<<<
@@ -8212,7 +8242,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
 */
           }
 
-          /* "ivshmem/channel/queues.pyx":197
+          /* "ivshmem/channel/queues.pyx":199
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *                 return None
  *             if taken.message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -8224,17 +8254,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
           if (unlikely(__pyx_t_5)) {
 
 
-            /* "ivshmem/channel/queues.pyx":198
+            /* "ivshmem/channel/queues.pyx":200
  *                 return None
  *             if taken.message.length > <uint64_t>view.len:
  *                 self.undo(&taken)             # <<<<<<<<<<<<<<
  *                 raise MessageTooLong(
  *                     f"a message of {taken.message.length} bytes, and the buffer has {view.len}"
 */
-            __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.undo(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 198, __pyx_L7_error)
+            __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.undo(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 200, __pyx_L7_error)
 
 
-            /* "ivshmem/channel/queues.pyx":199
+            /* "ivshmem/channel/queues.pyx":201
  *             if taken.message.length > <uint64_t>view.len:
  *                 self.undo(&taken)
  *                 raise MessageTooLong(             # <<<<<<<<<<<<<<
@@ -8242,19 +8272,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
  *                 )
 */
             __pyx_t_2 = NULL;
-            __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 199, __pyx_L7_error)
+            __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 201, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_6);
 
-            /* "ivshmem/channel/queues.pyx":200
+            /* "ivshmem/channel/queues.pyx":202
  *                 self.undo(&taken)
  *                 raise MessageTooLong(
  *                     f"a message of {taken.message.length} bytes, and the buffer has {view.len}"             # <<<<<<<<<<<<<<
  *                 )
  *             self.copy(&taken, <char *>view.buf)
 */
-            __pyx_t_7 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_taken.message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 200, __pyx_L7_error)
+            __pyx_t_7 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_taken.message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 202, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_7);
-            __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 200, __pyx_L7_error)
+            __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 202, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
             __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_a_message_of;
             __pyx_t_9[1] = __pyx_t_7;
@@ -8266,7 +8296,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
             #endif
             __pyx_t_4 = 0;
             __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 4, __pyx_t_10, __pyx_t_4);
-            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 200, __pyx_L7_error)
+            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 202, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_11);
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -8288,14 +8318,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
               __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
               __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-              if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 199, __pyx_L7_error)
+              if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 201, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_3);
             }
             __Pyx_Raise(__pyx_t_3, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-            __PYX_ERR(0, 199, __pyx_L7_error)
+            __PYX_ERR(0, 201, __pyx_L7_error)
 
-            /* "ivshmem/channel/queues.pyx":197
+            /* "ivshmem/channel/queues.pyx":199
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *                 return None
  *             if taken.message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -8304,34 +8334,34 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
 */
           }
 
-          /* "ivshmem/channel/queues.pyx":202
+          /* "ivshmem/channel/queues.pyx":204
  *                     f"a message of {taken.message.length} bytes, and the buffer has {view.len}"
  *                 )
  *             self.copy(&taken, <char *>view.buf)             # <<<<<<<<<<<<<<
  *             self.acknowledge(&taken)
  *             return taken.message.length
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->copy(__pyx_v_self, (&__pyx_v_taken), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 202, __pyx_L7_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->copy(__pyx_v_self, (&__pyx_v_taken), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 204, __pyx_L7_error)
 
 
-          /* "ivshmem/channel/queues.pyx":203
+          /* "ivshmem/channel/queues.pyx":205
  *                 )
  *             self.copy(&taken, <char *>view.buf)
  *             self.acknowledge(&taken)             # <<<<<<<<<<<<<<
  *             return taken.message.length
  *         finally:
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->acknowledge(__pyx_v_self, (&__pyx_v_taken)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 203, __pyx_L7_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->acknowledge(__pyx_v_self, (&__pyx_v_taken)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 205, __pyx_L7_error)
 
 
-          /* "ivshmem/channel/queues.pyx":204
+          /* "ivshmem/channel/queues.pyx":206
  *             self.copy(&taken, <char *>view.buf)
  *             self.acknowledge(&taken)
  *             return taken.message.length             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_taken.message.length); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 204, __pyx_L7_error)
+          __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_taken.message.length); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 206, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_3);
           {
             PyObject *__pyx_temp;
@@ -8346,7 +8376,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/queues.pyx":206
+        /* "ivshmem/channel/queues.pyx":208
  *             return taken.message.length
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -8400,7 +8430,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
         }
       }
 
-      /* "ivshmem/channel/queues.pyx":180
+      /* "ivshmem/channel/queues.pyx":182
  *         return found
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8445,7 +8475,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":208
+/* "ivshmem/channel/queues.pyx":210
  *             PyBuffer_Release(&view)
  * 
  *     cdef int copy(self, const ivshmem_taken *taken, char *into) except -1:             # <<<<<<<<<<<<<<
@@ -8472,7 +8502,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_copy(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("copy", 0);
 
-  /* "ivshmem/channel/queues.pyx":209
+  /* "ivshmem/channel/queues.pyx":211
  * 
  *     cdef int copy(self, const ivshmem_taken *taken, char *into) except -1:
  *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset             # <<<<<<<<<<<<<<
@@ -8481,7 +8511,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_copy(struct __pyx_obj
 */
   __pyx_v_at = (((char const *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.channel.area.memory.start) + __pyx_v_taken->message.offset);
 
-  /* "ivshmem/channel/queues.pyx":210
+  /* "ivshmem/channel/queues.pyx":212
  *     cdef int copy(self, const ivshmem_taken *taken, char *into) except -1:
  *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset
  *         if taken.message.length < LARGE:             # <<<<<<<<<<<<<<
@@ -8493,7 +8523,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_copy(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":211
+    /* "ivshmem/channel/queues.pyx":213
  *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset
  *         if taken.message.length < LARGE:
  *             ivshmem_copy_payload(into, at, taken.message.length)             # <<<<<<<<<<<<<<
@@ -8502,7 +8532,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_copy(struct __pyx_obj
 */
     ivshmem_copy_payload(__pyx_v_into, __pyx_v_at, __pyx_v_taken->message.length);
 
-    /* "ivshmem/channel/queues.pyx":210
+    /* "ivshmem/channel/queues.pyx":212
  *     cdef int copy(self, const ivshmem_taken *taken, char *into) except -1:
  *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset
  *         if taken.message.length < LARGE:             # <<<<<<<<<<<<<<
@@ -8512,7 +8542,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_copy(struct __pyx_obj
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/queues.pyx":213
+  /* "ivshmem/channel/queues.pyx":215
  *             ivshmem_copy_payload(into, at, taken.message.length)
  *         else:
  *             self.membership.mapping.pin()             # <<<<<<<<<<<<<<
@@ -8520,10 +8550,10 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_copy(struct __pyx_obj
  *                 with nogil:
 */
   /*else*/ {
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 213, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 215, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/queues.pyx":214
+    /* "ivshmem/channel/queues.pyx":216
  *         else:
  *             self.membership.mapping.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -8532,7 +8562,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_copy(struct __pyx_obj
 */
     /*try:*/ {
 
-      /* "ivshmem/channel/queues.pyx":215
+      /* "ivshmem/channel/queues.pyx":217
  *             self.membership.mapping.pin()
  *             try:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -8545,7 +8575,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_copy(struct __pyx_obj
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/channel/queues.pyx":216
+            /* "ivshmem/channel/queues.pyx":218
  *             try:
  *                 with nogil:
  *                     ivshmem_copy_payload(into, at, taken.message.length)             # <<<<<<<<<<<<<<
@@ -8555,7 +8585,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_copy(struct __pyx_obj
             ivshmem_copy_payload(__pyx_v_into, __pyx_v_at, __pyx_v_taken->message.length);
           }
 
-          /* "ivshmem/channel/queues.pyx":215
+          /* "ivshmem/channel/queues.pyx":217
  *             self.membership.mapping.pin()
  *             try:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -8572,18 +8602,18 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_copy(struct __pyx_obj
           }
       }
 
-      /* "ivshmem/channel/queues.pyx":217
+      /* "ivshmem/channel/queues.pyx":219
  *                 with nogil:
  *                     ivshmem_copy_payload(into, at, taken.message.length)
  *                 self.enter()             # <<<<<<<<<<<<<<
  *             finally:
  *                 self.membership.mapping.unpin()
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 217, __pyx_L5_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 219, __pyx_L5_error)
 
     }
 
-    /* "ivshmem/channel/queues.pyx":219
+    /* "ivshmem/channel/queues.pyx":221
  *                 self.enter()
  *             finally:
  *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -8629,7 +8659,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_copy(struct __pyx_obj
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/queues.pyx":220
+  /* "ivshmem/channel/queues.pyx":222
  *             finally:
  *                 self.membership.mapping.unpin()
  *         return 0             # <<<<<<<<<<<<<<
@@ -8642,7 +8672,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_copy(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":208
+  /* "ivshmem/channel/queues.pyx":210
  *             PyBuffer_Release(&view)
  * 
  *     cdef int copy(self, const ivshmem_taken *taken, char *into) except -1:             # <<<<<<<<<<<<<<
@@ -8661,7 +8691,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_copy(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":222
+/* "ivshmem/channel/queues.pyx":224
  *         return 0
  * 
  *     cdef int acknowledge(self, const ivshmem_taken *taken) except -1:             # <<<<<<<<<<<<<<
@@ -8680,7 +8710,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_acknowledge(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("acknowledge", 0);
 
-  /* "ivshmem/channel/queues.pyx":224
+  /* "ivshmem/channel/queues.pyx":226
  *     cdef int acknowledge(self, const ivshmem_taken *taken) except -1:
  *         """Give a message's memory back after it was copied."""
  *         if ivshmem_queue_done(&self.reader, taken):             # <<<<<<<<<<<<<<
@@ -8692,20 +8722,20 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_acknowledge(struct __
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/queues.pyx":225
+    /* "ivshmem/channel/queues.pyx":227
  *         """Give a message's memory back after it was copied."""
  *         if ivshmem_queue_done(&self.reader, taken):
  *             raise self.too_late()             # <<<<<<<<<<<<<<
  *         if self.membership.rings.count:
  *             self.membership.flush()
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->too_late(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 225, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->too_late(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 227, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 225, __pyx_L1_error)
+    __PYX_ERR(0, 227, __pyx_L1_error)
 
-    /* "ivshmem/channel/queues.pyx":224
+    /* "ivshmem/channel/queues.pyx":226
  *     cdef int acknowledge(self, const ivshmem_taken *taken) except -1:
  *         """Give a message's memory back after it was copied."""
  *         if ivshmem_queue_done(&self.reader, taken):             # <<<<<<<<<<<<<<
@@ -8714,7 +8744,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_acknowledge(struct __
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":226
+  /* "ivshmem/channel/queues.pyx":228
  *         if ivshmem_queue_done(&self.reader, taken):
  *             raise self.too_late()
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -8726,17 +8756,17 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_acknowledge(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":227
+    /* "ivshmem/channel/queues.pyx":229
  *             raise self.too_late()
  *         if self.membership.rings.count:
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 227, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 229, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/queues.pyx":226
+    /* "ivshmem/channel/queues.pyx":228
  *         if ivshmem_queue_done(&self.reader, taken):
  *             raise self.too_late()
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -8745,7 +8775,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_acknowledge(struct __
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":228
+  /* "ivshmem/channel/queues.pyx":230
  *         if self.membership.rings.count:
  *             self.membership.flush()
  *         return 0             # <<<<<<<<<<<<<<
@@ -8758,7 +8788,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_acknowledge(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":222
+  /* "ivshmem/channel/queues.pyx":224
  *         return 0
  * 
  *     cdef int acknowledge(self, const ivshmem_taken *taken) except -1:             # <<<<<<<<<<<<<<
@@ -8777,7 +8807,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_acknowledge(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":230
+/* "ivshmem/channel/queues.pyx":232
  *         return 0
  * 
  *     cdef object too_late(self):             # <<<<<<<<<<<<<<
@@ -8802,7 +8832,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_too_late(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("too_late", 0);
 
-  /* "ivshmem/channel/queues.pyx":231
+  /* "ivshmem/channel/queues.pyx":233
  * 
  *     cdef object too_late(self):
  *         return Redelivered(             # <<<<<<<<<<<<<<
@@ -8810,17 +8840,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_too_late(struct
  *             " which is lost"
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 231, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 233, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
-  /* "ivshmem/channel/queues.pyx":232
+  /* "ivshmem/channel/queues.pyx":234
  *     cdef object too_late(self):
  *         return Redelivered(
  *             f"queue {self.name!r}: this process was taken for gone while it copied a message,"             # <<<<<<<<<<<<<<
  *             " which is lost"
  *         )
 */
-  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 232, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 234, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_queue;
   __pyx_t_5[1] = __pyx_t_4;
@@ -8834,7 +8864,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_too_late(struct
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 232, __pyx_L1_error)
+  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 234, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_9 = 1;
@@ -8855,7 +8885,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_too_late(struct
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 231, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 233, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -8869,7 +8899,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_too_late(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":230
+  /* "ivshmem/channel/queues.pyx":232
  *         return 0
  * 
  *     cdef object too_late(self):             # <<<<<<<<<<<<<<
@@ -8892,7 +8922,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_too_late(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":236
+/* "ivshmem/channel/queues.pyx":238
  *         )
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8941,20 +8971,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 236, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 238, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 236, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 238, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 236, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 238, __pyx_L3_error)
 
-      /* "ivshmem/channel/queues.pyx":237
+      /* "ivshmem/channel/queues.pyx":239
  * 
  *     @cython.critical_section
  *     def take(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -8967,7 +8997,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 236, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 238, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -8980,7 +9010,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("take", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 236, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("take", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 238, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8993,7 +9023,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/queues.pyx":236
+  /* "ivshmem/channel/queues.pyx":238
  *         )
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9029,21 +9059,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":254
+        /* "ivshmem/channel/queues.pyx":256
  *         """
  *         cdef ivshmem_taken taken
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):             # <<<<<<<<<<<<<<
  *             return None
  *         return taken_of(Taken, self, &taken)
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_TAKEN, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 254, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_TAKEN, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 256, __pyx_L4_error)
         __pyx_t_3 = (__pyx_t_2 != 0);
 
 
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/queues.pyx":255
+          /* "ivshmem/channel/queues.pyx":257
  *         cdef ivshmem_taken taken
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):
  *             return None             # <<<<<<<<<<<<<<
@@ -9061,7 +9091,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/queues.pyx":254
+          /* "ivshmem/channel/queues.pyx":256
  *         """
  *         cdef ivshmem_taken taken
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):             # <<<<<<<<<<<<<<
@@ -9070,14 +9100,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
 */
         }
 
-        /* "ivshmem/channel/queues.pyx":256
+        /* "ivshmem/channel/queues.pyx":258
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):
  *             return None
  *         return taken_of(Taken, self, &taken)             # <<<<<<<<<<<<<<
  * 
  *     def get_async(self, timeout=None):
 */
-        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_6queues_taken_of(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, ((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 256, __pyx_L4_error)
+        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_6queues_taken_of(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, ((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 258, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         {
           PyObject *__pyx_temp;
@@ -9092,7 +9122,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/queues.pyx":236
+      /* "ivshmem/channel/queues.pyx":238
  *         )
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9131,7 +9161,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":258
+/* "ivshmem/channel/queues.pyx":260
  *         return taken_of(Taken, self, &taken)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -9179,24 +9209,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 258, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 260, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 258, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 260, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_async", 0) < (0)) __PYX_ERR(0, 258, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_async", 0) < (0)) __PYX_ERR(0, 260, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 258, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 260, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -9207,7 +9237,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 258, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 260, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9238,16 +9268,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get_async", 0);
 
-  /* "ivshmem/channel/queues.pyx":260
+  /* "ivshmem/channel/queues.pyx":262
  *     def get_async(self, timeout=None):
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_content(self, "get", self._get_or, timeout)             # <<<<<<<<<<<<<<
  * 
  *     @cython.binding(False)
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_or); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 260, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_or); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 262, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_content(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get, __pyx_t_1, __pyx_v_timeout); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 260, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_content(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get, __pyx_t_1, __pyx_v_timeout); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 262, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -9261,7 +9291,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":258
+  /* "ivshmem/channel/queues.pyx":260
  *         return taken_of(Taken, self, &taken)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -9281,7 +9311,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":262
+/* "ivshmem/channel/queues.pyx":264
  *         return until_content(self, "get", self._get_or, timeout)
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -9329,39 +9359,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_absent,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 262, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 264, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 262, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 264, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 262, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 264, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_get_or", 0) < (0)) __PYX_ERR(0, 262, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_get_or", 0) < (0)) __PYX_ERR(0, 264, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_get_or", 1, 2, 2, i); __PYX_ERR(0, 262, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_get_or", 1, 2, 2, i); __PYX_ERR(0, 264, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 262, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 264, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 262, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 264, __pyx_L3_error)
     }
     __pyx_v_absent = values[0];
     __pyx_v_timeout = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_get_or", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 262, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_get_or", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 264, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9399,14 +9429,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8_get_or(struc
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":266
+        /* "ivshmem/channel/queues.pyx":268
  *     def _get_or(self, absent, timeout):
  *         """Do what `get` does; return `absent` if no message came."""
  *         return self.got(timeout, None, absent)             # <<<<<<<<<<<<<<
  * 
  *     def get_into_async(self, buffer, timeout=None):
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->got(__pyx_v_self, __pyx_v_timeout, Py_None, __pyx_v_absent); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 266, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->got(__pyx_v_self, __pyx_v_timeout, Py_None, __pyx_v_absent); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 268, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -9421,7 +9451,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8_get_or(struc
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/queues.pyx":262
+      /* "ivshmem/channel/queues.pyx":264
  *         return until_content(self, "get", self._get_or, timeout)
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -9459,7 +9489,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8_get_or(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":268
+/* "ivshmem/channel/queues.pyx":270
  *         return self.got(timeout, None, absent)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
@@ -9508,35 +9538,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 268, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 270, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 268, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 270, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 268, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 270, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into_async", 0) < (0)) __PYX_ERR(0, 268, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into_async", 0) < (0)) __PYX_ERR(0, 270, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, i); __PYX_ERR(0, 268, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, i); __PYX_ERR(0, 270, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 268, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 270, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 268, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 270, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -9547,7 +9577,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 268, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 270, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9579,21 +9609,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10get_into_asy
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get_into_async", 0);
 
-  /* "ivshmem/channel/queues.pyx":270
+  /* "ivshmem/channel/queues.pyx":272
  *     def get_into_async(self, buffer, timeout=None):
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.get_into, timeout, (buffer,))             # <<<<<<<<<<<<<<
  * 
  *     def take_async(self, timeout=None):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 270, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 272, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 270, __pyx_L1_error)
+  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 272, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_INCREF(__pyx_v_buffer);
   __Pyx_GIVEREF(__pyx_v_buffer);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_buffer) != (0)) __PYX_ERR(0, 270, __pyx_L1_error);
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 270, __pyx_L1_error)
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_buffer) != (0)) __PYX_ERR(0, 272, __pyx_L1_error);
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 272, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -9608,7 +9638,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10get_into_asy
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":268
+  /* "ivshmem/channel/queues.pyx":270
  *         return self.got(timeout, None, absent)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
@@ -9629,7 +9659,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10get_into_asy
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":272
+/* "ivshmem/channel/queues.pyx":274
  *         return until_something(self, self.get_into, timeout, (buffer,))
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -9677,24 +9707,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 272, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 274, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 272, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 274, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take_async", 0) < (0)) __PYX_ERR(0, 272, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take_async", 0) < (0)) __PYX_ERR(0, 274, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 272, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 274, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -9705,7 +9735,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("take_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 272, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("take_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 274, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9736,16 +9766,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_12take_async(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take_async", 0);
 
-  /* "ivshmem/channel/queues.pyx":274
+  /* "ivshmem/channel/queues.pyx":276
  *     def take_async(self, timeout=None):
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.take, timeout, ())             # <<<<<<<<<<<<<<
  * 
  *     def __iter__(self):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_take); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 274, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_take); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 276, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 274, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 276, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -9759,7 +9789,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_12take_async(s
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":272
+  /* "ivshmem/channel/queues.pyx":274
  *         return until_something(self, self.get_into, timeout, (buffer,))
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -9779,7 +9809,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_12take_async(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":276
+/* "ivshmem/channel/queues.pyx":278
  *         return until_something(self, self.take, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -9807,7 +9837,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__iter__(str
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/queues.pyx":277
+  /* "ivshmem/channel/queues.pyx":279
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -9825,7 +9855,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__iter__(str
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":276
+  /* "ivshmem/channel/queues.pyx":278
  *         return until_something(self, self.take, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -9840,7 +9870,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__iter__(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":279
+/* "ivshmem/channel/queues.pyx":281
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -9874,7 +9904,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__next__(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/queues.pyx":280
+  /* "ivshmem/channel/queues.pyx":282
  * 
  *     def __next__(self):
  *         return self.get()             # <<<<<<<<<<<<<<
@@ -9888,7 +9918,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__next__(str
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 280, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 282, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -9902,7 +9932,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__next__(str
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":279
+  /* "ivshmem/channel/queues.pyx":281
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -9922,7 +9952,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__next__(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":282
+/* "ivshmem/channel/queues.pyx":284
  *         return self.get()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -9950,7 +9980,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__aiter__(st
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/queues.pyx":283
+  /* "ivshmem/channel/queues.pyx":285
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -9968,7 +9998,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__aiter__(st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":282
+  /* "ivshmem/channel/queues.pyx":284
  *         return self.get()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -9983,7 +10013,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__aiter__(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":285
+/* "ivshmem/channel/queues.pyx":287
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -10017,7 +10047,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_20__anext__(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/queues.pyx":286
+  /* "ivshmem/channel/queues.pyx":288
  * 
  *     def __anext__(self):
  *         return self.get_async()             # <<<<<<<<<<<<<<
@@ -10031,7 +10061,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_20__anext__(st
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 286, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 288, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -10045,7 +10075,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_20__anext__(st
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":285
+  /* "ivshmem/channel/queues.pyx":287
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -10271,7 +10301,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_24__setstate_c
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":304
+/* "ivshmem/channel/queues.pyx":306
  *     """
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -10303,14 +10333,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_11redelivered___get__
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/queues.pyx":306
+  /* "ivshmem/channel/queues.pyx":308
  *     @property
  *     def redelivered(self):
  *         return self.taken.redelivered != 0             # <<<<<<<<<<<<<<
  * 
  *     def __bytes__(self):
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_self->taken.redelivered != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 306, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_self->taken.redelivered != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 308, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -10323,7 +10353,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_11redelivered___get__
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":304
+  /* "ivshmem/channel/queues.pyx":306
  *     """
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -10342,7 +10372,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_11redelivered___get__
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":308
+/* "ivshmem/channel/queues.pyx":310
  *         return self.taken.redelivered != 0
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
@@ -10405,14 +10435,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken___bytes__(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__bytes__", 0);
 
-  /* "ivshmem/channel/queues.pyx":309
+  /* "ivshmem/channel/queues.pyx":311
  * 
  *     def __bytes__(self):
  *         return memoryview(self).tobytes()             # <<<<<<<<<<<<<<
  * 
  *     def get(self):
 */
-  __pyx_t_3 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 309, __pyx_L1_error)
+  __pyx_t_3 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 311, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_2 = __pyx_t_3;
   __Pyx_INCREF(__pyx_t_2);
@@ -10422,10 +10452,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken___bytes__(struct __py
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_tobytes, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 309, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 311, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 309, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 311, __pyx_L1_error)
   {
     PyObject *__pyx_temp;
     {
@@ -10437,7 +10467,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken___bytes__(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":308
+  /* "ivshmem/channel/queues.pyx":310
  *         return self.taken.redelivered != 0
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
@@ -10458,7 +10488,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken___bytes__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":311
+/* "ivshmem/channel/queues.pyx":313
  *         return memoryview(self).tobytes()
  * 
  *     def get(self):             # <<<<<<<<<<<<<<
@@ -10523,7 +10553,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2get(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get", 0);
 
-  /* "ivshmem/channel/queues.pyx":313
+  /* "ivshmem/channel/queues.pyx":315
  *     def get(self):
  *         """Return a copy: bytes, or what the channel's type makes of them."""
  *         data = bytes(self)             # <<<<<<<<<<<<<<
@@ -10536,13 +10566,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2get(struct __pyx_obj
     PyObject *__pyx_callargs[2] = {__pyx_t_2, ((PyObject *)__pyx_v_self)};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(&PyBytes_Type), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 313, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 315, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __pyx_v_data = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/queues.pyx":314
+  /* "ivshmem/channel/queues.pyx":316
  *         """Return a copy: bytes, or what the channel's type makes of them."""
  *         data = bytes(self)
  *         return data if self.reader.type is None else self.reader.type.decode(data)             # <<<<<<<<<<<<<<
@@ -10561,7 +10591,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2get(struct __pyx_obj
       PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_v_data};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 314, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 316, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __pyx_t_1 = __pyx_t_2;
@@ -10579,7 +10609,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2get(struct __pyx_obj
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":311
+  /* "ivshmem/channel/queues.pyx":313
  *         return memoryview(self).tobytes()
  * 
  *     def get(self):             # <<<<<<<<<<<<<<
@@ -10601,7 +10631,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2get(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":316
+/* "ivshmem/channel/queues.pyx":318
  *         return data if self.reader.type is None else self.reader.type.decode(data)
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
@@ -10675,7 +10705,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("done", 0);
 
-  /* "ivshmem/channel/queues.pyx":325
+  /* "ivshmem/channel/queues.pyx":327
  *         """
  *         cdef int code
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
@@ -10689,7 +10719,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":326
+        /* "ivshmem/channel/queues.pyx":328
  *         cdef int code
  *         with cython.critical_section(self.reader):
  *             if not self.live:             # <<<<<<<<<<<<<<
@@ -10701,7 +10731,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/queues.pyx":327
+          /* "ivshmem/channel/queues.pyx":329
  *         with cython.critical_section(self.reader):
  *             if not self.live:
  *                 return             # <<<<<<<<<<<<<<
@@ -10719,7 +10749,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/queues.pyx":326
+          /* "ivshmem/channel/queues.pyx":328
  *         cdef int code
  *         with cython.critical_section(self.reader):
  *             if not self.live:             # <<<<<<<<<<<<<<
@@ -10728,27 +10758,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
 */
         }
 
-        /* "ivshmem/channel/queues.pyx":328
+        /* "ivshmem/channel/queues.pyx":330
  *             if not self.live:
  *                 return
  *             self.check_exports()             # <<<<<<<<<<<<<<
  *             self.enter()
  *             self.live = False
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 328, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 330, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/queues.pyx":329
+        /* "ivshmem/channel/queues.pyx":331
  *                 return
  *             self.check_exports()
  *             self.enter()             # <<<<<<<<<<<<<<
  *             self.live = False
  *             code = ivshmem_queue_done(&self.reader.reader, &self.taken)
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 329, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 331, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/queues.pyx":330
+        /* "ivshmem/channel/queues.pyx":332
  *             self.check_exports()
  *             self.enter()
  *             self.live = False             # <<<<<<<<<<<<<<
@@ -10757,7 +10787,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
 */
         __pyx_v_self->__pyx_base.live = 0;
 
-        /* "ivshmem/channel/queues.pyx":331
+        /* "ivshmem/channel/queues.pyx":333
  *             self.enter()
  *             self.live = False
  *             code = ivshmem_queue_done(&self.reader.reader, &self.taken)             # <<<<<<<<<<<<<<
@@ -10766,17 +10796,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
 */
         __pyx_v_code = ivshmem_queue_done((&__pyx_v_self->__pyx_base.reader->reader), (&__pyx_v_self->taken));
 
-        /* "ivshmem/channel/queues.pyx":332
+        /* "ivshmem/channel/queues.pyx":334
  *             self.live = False
  *             code = ivshmem_queue_done(&self.reader.reader, &self.taken)
  *             self.reader.membership.flush()             # <<<<<<<<<<<<<<
  *             if code:
  *                 raise Redelivered(
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.reader->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 332, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.reader->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 334, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/queues.pyx":333
+        /* "ivshmem/channel/queues.pyx":335
  *             code = ivshmem_queue_done(&self.reader.reader, &self.taken)
  *             self.reader.membership.flush()
  *             if code:             # <<<<<<<<<<<<<<
@@ -10788,7 +10818,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/channel/queues.pyx":334
+          /* "ivshmem/channel/queues.pyx":336
  *             self.reader.membership.flush()
  *             if code:
  *                 raise Redelivered(             # <<<<<<<<<<<<<<
@@ -10796,29 +10826,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
  *                     f" {self.taken.message.position} of writer {self.taken.message.writer}: another"
 */
           __pyx_t_5 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 334, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 336, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
 
-          /* "ivshmem/channel/queues.pyx":335
+          /* "ivshmem/channel/queues.pyx":337
  *             if code:
  *                 raise Redelivered(
  *                     f"queue {self.reader.name!r}: this process was silent while it had message"             # <<<<<<<<<<<<<<
  *                     f" {self.taken.message.position} of writer {self.taken.message.writer}: another"
  *                     " reader has it, too"
 */
-          __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.reader->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 335, __pyx_L4_error)
+          __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.reader->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 337, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
 
-          /* "ivshmem/channel/queues.pyx":336
+          /* "ivshmem/channel/queues.pyx":338
  *                 raise Redelivered(
  *                     f"queue {self.reader.name!r}: this process was silent while it had message"
  *                     f" {self.taken.message.position} of writer {self.taken.message.writer}: another"             # <<<<<<<<<<<<<<
  *                     " reader has it, too"
  *                 )
 */
-          __pyx_t_8 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->taken.message.position, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 336, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->taken.message.position, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 338, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_self->taken.message.writer, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 336, __pyx_L4_error)
+          __pyx_t_9 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_self->taken.message.writer, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 338, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_queue;
           __pyx_t_10[1] = __pyx_t_7;
@@ -10828,7 +10858,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
           __pyx_t_10[5] = __pyx_t_9;
           __pyx_t_10[6] = __pyx_mstate_global->__pyx_kp_u_another_reader_has_it_too;
 
-          /* "ivshmem/channel/queues.pyx":335
+          /* "ivshmem/channel/queues.pyx":337
  *             if code:
  *                 raise Redelivered(
  *                     f"queue {self.reader.name!r}: this process was silent while it had message"             # <<<<<<<<<<<<<<
@@ -10844,7 +10874,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
           __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]);
           #endif
           __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_10, 7, __pyx_t_11, __pyx_t_3);
-          if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 335, __pyx_L4_error)
+          if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 337, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_12);
           __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -10867,14 +10897,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 334, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 336, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_Raise(__pyx_t_4, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __PYX_ERR(0, 334, __pyx_L4_error)
+          __PYX_ERR(0, 336, __pyx_L4_error)
 
-          /* "ivshmem/channel/queues.pyx":333
+          /* "ivshmem/channel/queues.pyx":335
  *             code = ivshmem_queue_done(&self.reader.reader, &self.taken)
  *             self.reader.membership.flush()
  *             if code:             # <<<<<<<<<<<<<<
@@ -10884,7 +10914,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
         }
       }
 
-      /* "ivshmem/channel/queues.pyx":325
+      /* "ivshmem/channel/queues.pyx":327
  *         """
  *         cdef int code
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
@@ -10913,7 +10943,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/queues.pyx":316
+  /* "ivshmem/channel/queues.pyx":318
  *         return data if self.reader.type is None else self.reader.type.decode(data)
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
@@ -10942,7 +10972,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":340
+/* "ivshmem/channel/queues.pyx":342
  *                 )
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
@@ -11005,7 +11035,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("give_back", 0);
 
-  /* "ivshmem/channel/queues.pyx":342
+  /* "ivshmem/channel/queues.pyx":344
  *     def give_back(self):
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
@@ -11019,7 +11049,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":343
+        /* "ivshmem/channel/queues.pyx":345
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         with cython.critical_section(self.reader):
  *             if not self.live:             # <<<<<<<<<<<<<<
@@ -11031,7 +11061,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/queues.pyx":344
+          /* "ivshmem/channel/queues.pyx":346
  *         with cython.critical_section(self.reader):
  *             if not self.live:
  *                 return             # <<<<<<<<<<<<<<
@@ -11049,7 +11079,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/queues.pyx":343
+          /* "ivshmem/channel/queues.pyx":345
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         with cython.critical_section(self.reader):
  *             if not self.live:             # <<<<<<<<<<<<<<
@@ -11058,17 +11088,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
 */
         }
 
-        /* "ivshmem/channel/queues.pyx":345
+        /* "ivshmem/channel/queues.pyx":347
  *             if not self.live:
  *                 return
  *             self.check_exports()             # <<<<<<<<<<<<<<
  *             self.live = False
  *             if self.reader.usable():
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 345, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 347, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/queues.pyx":346
+        /* "ivshmem/channel/queues.pyx":348
  *                 return
  *             self.check_exports()
  *             self.live = False             # <<<<<<<<<<<<<<
@@ -11077,7 +11107,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
 */
         __pyx_v_self->__pyx_base.live = 0;
 
-        /* "ivshmem/channel/queues.pyx":347
+        /* "ivshmem/channel/queues.pyx":349
  *             self.check_exports()
  *             self.live = False
  *             if self.reader.usable():             # <<<<<<<<<<<<<<
@@ -11089,7 +11119,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/queues.pyx":348
+          /* "ivshmem/channel/queues.pyx":350
  *             self.live = False
  *             if self.reader.usable():
  *                 ivshmem_queue_return(&self.reader.reader, &self.taken)             # <<<<<<<<<<<<<<
@@ -11098,17 +11128,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
 */
           (void)(ivshmem_queue_return((&__pyx_v_self->__pyx_base.reader->reader), (&__pyx_v_self->taken)));
 
-          /* "ivshmem/channel/queues.pyx":349
+          /* "ivshmem/channel/queues.pyx":351
  *             if self.reader.usable():
  *                 ivshmem_queue_return(&self.reader.reader, &self.taken)
  *                 self.reader.membership.flush()             # <<<<<<<<<<<<<<
  * 
  *     def __enter__(self):
 */
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.reader->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 349, __pyx_L4_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.reader->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 351, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/queues.pyx":347
+          /* "ivshmem/channel/queues.pyx":349
  *             self.check_exports()
  *             self.live = False
  *             if self.reader.usable():             # <<<<<<<<<<<<<<
@@ -11118,7 +11148,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
         }
       }
 
-      /* "ivshmem/channel/queues.pyx":342
+      /* "ivshmem/channel/queues.pyx":344
  *     def give_back(self):
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
@@ -11147,7 +11177,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/queues.pyx":340
+  /* "ivshmem/channel/queues.pyx":342
  *                 )
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
@@ -11168,7 +11198,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":351
+/* "ivshmem/channel/queues.pyx":353
  *                 self.reader.membership.flush()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -11224,7 +11254,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8__enter__(struct __p
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/queues.pyx":352
+  /* "ivshmem/channel/queues.pyx":354
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -11242,7 +11272,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8__enter__(struct __p
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":351
+  /* "ivshmem/channel/queues.pyx":353
  *                 self.reader.membership.flush()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -11257,7 +11287,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8__enter__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":354
+/* "ivshmem/channel/queues.pyx":356
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -11312,33 +11342,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_kind,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 354, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 356, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         default:
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 354, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 356, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       const Py_ssize_t used_pos_args = (kwd_pos_args < 1) ? kwd_pos_args : 1;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 354, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 356, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 354, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 356, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs < 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 354, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 356, __pyx_L3_error)
     }
     __pyx_v_kind = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 354, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 356, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11373,7 +11403,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/queues.pyx":355
+  /* "ivshmem/channel/queues.pyx":357
  * 
  *     def __exit__(self, kind, *error):
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -11384,7 +11414,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":356
+    /* "ivshmem/channel/queues.pyx":358
  *     def __exit__(self, kind, *error):
  *         if kind is None:
  *             self.done()             # <<<<<<<<<<<<<<
@@ -11398,12 +11428,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_done, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 356, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 358, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/queues.pyx":355
+    /* "ivshmem/channel/queues.pyx":357
  * 
  *     def __exit__(self, kind, *error):
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -11413,7 +11443,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/queues.pyx":357
+  /* "ivshmem/channel/queues.pyx":359
  *         if kind is None:
  *             self.done()
  *         elif self.exports == 0:             # <<<<<<<<<<<<<<
@@ -11425,7 +11455,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":358
+    /* "ivshmem/channel/queues.pyx":360
  *             self.done()
  *         elif self.exports == 0:
  *             self.give_back()             # <<<<<<<<<<<<<<
@@ -11439,12 +11469,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_give_back, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 358, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 360, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/queues.pyx":357
+    /* "ivshmem/channel/queues.pyx":359
  *         if kind is None:
  *             self.done()
  *         elif self.exports == 0:             # <<<<<<<<<<<<<<
@@ -11454,7 +11484,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/queues.pyx":354
+  /* "ivshmem/channel/queues.pyx":356
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -11476,7 +11506,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":360
+/* "ivshmem/channel/queues.pyx":362
  *             self.give_back()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -11509,7 +11539,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_12__del__(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__del__", 0);
 
-  /* "ivshmem/channel/queues.pyx":361
+  /* "ivshmem/channel/queues.pyx":363
  * 
  *     def __del__(self):
  *         if self.live and self.exports == 0:             # <<<<<<<<<<<<<<
@@ -11531,7 +11561,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_12__del__(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":362
+    /* "ivshmem/channel/queues.pyx":364
  *     def __del__(self):
  *         if self.live and self.exports == 0:
  *             self.give_back()             # <<<<<<<<<<<<<<
@@ -11545,12 +11575,12 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_12__del__(struct __pyx_obj
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_give_back, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 362, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 364, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/queues.pyx":361
+    /* "ivshmem/channel/queues.pyx":363
  * 
  *     def __del__(self):
  *         if self.live and self.exports == 0:             # <<<<<<<<<<<<<<
@@ -11559,7 +11589,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_12__del__(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":360
+  /* "ivshmem/channel/queues.pyx":362
  *             self.give_back()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -11578,7 +11608,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_12__del__(struct __pyx_obj
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/channel/queues.pyx":364
+/* "ivshmem/channel/queues.pyx":366
  *             self.give_back()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11617,7 +11647,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14__repr__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/queues.pyx":365
+  /* "ivshmem/channel/queues.pyx":367
  * 
  *     def __repr__(self):
  *         state = "" if self.live else ", done"             # <<<<<<<<<<<<<<
@@ -11634,24 +11664,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14__repr__(struct __p
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/queues.pyx":366
+  /* "ivshmem/channel/queues.pyx":368
  *     def __repr__(self):
  *         state = "" if self.live else ", done"
  *         return f"<ivshmem.channel.{type(self).__name__} of {self.size} bytes{state}>"             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 366, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 368, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 366, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 368, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_size); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 366, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_size); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 368, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 366, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 368, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 366, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 368, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel;
   __pyx_t_4[1] = __pyx_t_2;
@@ -11669,7 +11699,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14__repr__(struct __p
   __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_4[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_4[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_4[5]);
   #endif
   __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_4, 7, __pyx_t_5, __pyx_t_6);
-  if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 366, __pyx_L1_error)
+  if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 368, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -11685,7 +11715,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14__repr__(struct __p
   __pyx_t_7 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":364
+  /* "ivshmem/channel/queues.pyx":366
  *             self.give_back()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11914,7 +11944,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_18__setstate_cython__
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":369
+/* "ivshmem/channel/queues.pyx":371
  * 
  * 
  * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):             # <<<<<<<<<<<<<<
@@ -11939,7 +11969,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("taken_of", 0);
 
-  /* "ivshmem/channel/queues.pyx":371
+  /* "ivshmem/channel/queues.pyx":373
  * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):
  *     cdef Taken made
  *     try:             # <<<<<<<<<<<<<<
@@ -11955,7 +11985,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/channel/queues.pyx":372
+      /* "ivshmem/channel/queues.pyx":374
  *     cdef Taken made
  *     try:
  *         made = kind.__new__(kind)             # <<<<<<<<<<<<<<
@@ -11964,15 +11994,15 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
 */
       if (unlikely(((PyObject *)__pyx_v_kind) == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "object.__new__(X): X is not a type object (NoneType)");
-        __PYX_ERR(0, 372, __pyx_L3_error)
+        __PYX_ERR(0, 374, __pyx_L3_error)
       }
-      __pyx_t_4 = __Pyx_tp_new(((PyObject *)__pyx_v_kind), __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 372, __pyx_L3_error)
+      __pyx_t_4 = __Pyx_tp_new(((PyObject *)__pyx_v_kind), __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 374, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (!(likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken)))) __PYX_ERR(0, 372, __pyx_L3_error)
+      if (!(likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken)))) __PYX_ERR(0, 374, __pyx_L3_error)
       __pyx_v_made = ((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_t_4);
       __pyx_t_4 = 0;
 
-      /* "ivshmem/channel/queues.pyx":371
+      /* "ivshmem/channel/queues.pyx":373
  * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):
  *     cdef Taken made
  *     try:             # <<<<<<<<<<<<<<
@@ -11987,7 +12017,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
     __pyx_L3_error:;
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-    /* "ivshmem/channel/queues.pyx":373
+    /* "ivshmem/channel/queues.pyx":375
  *     try:
  *         made = kind.__new__(kind)
  *     except BaseException:             # <<<<<<<<<<<<<<
@@ -11997,22 +12027,22 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
     __pyx_t_5 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_5) {
       __Pyx_AddTraceback("ivshmem.channel.queues.taken_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 373, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 375, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_6);
       __Pyx_XGOTREF(__pyx_t_7);
 
-      /* "ivshmem/channel/queues.pyx":374
+      /* "ivshmem/channel/queues.pyx":376
  *         made = kind.__new__(kind)
  *     except BaseException:
  *         reader.undo(taken)             # <<<<<<<<<<<<<<
  *         raise
  *     made.reader = reader
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_reader->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->undo(__pyx_v_reader, __pyx_v_taken); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 374, __pyx_L5_except_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_reader->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->undo(__pyx_v_reader, __pyx_v_taken); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 376, __pyx_L5_except_error)
 
 
-      /* "ivshmem/channel/queues.pyx":375
+      /* "ivshmem/channel/queues.pyx":377
  *     except BaseException:
  *         reader.undo(taken)
  *         raise             # <<<<<<<<<<<<<<
@@ -12024,11 +12054,11 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
       __Pyx_XGIVEREF(__pyx_t_7);
       __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_6, __pyx_t_7);
       __pyx_t_4 = 0;  __pyx_t_6 = 0;  __pyx_t_7 = 0; 
-      __PYX_ERR(0, 375, __pyx_L5_except_error)
+      __PYX_ERR(0, 377, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/queues.pyx":371
+    /* "ivshmem/channel/queues.pyx":373
  * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):
  *     cdef Taken made
  *     try:             # <<<<<<<<<<<<<<
@@ -12044,7 +12074,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/queues.pyx":376
+  /* "ivshmem/channel/queues.pyx":378
  *         reader.undo(taken)
  *         raise
  *     made.reader = reader             # <<<<<<<<<<<<<<
@@ -12056,7 +12086,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
   __Pyx_GOTREF((PyObject *)__pyx_v_made->__pyx_base.reader);
   __Pyx_DECREF_SET(__pyx_v_made->__pyx_base.reader, ((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader));
 
-  /* "ivshmem/channel/queues.pyx":377
+  /* "ivshmem/channel/queues.pyx":379
  *         raise
  *     made.reader = reader
  *     made.taken = taken[0]             # <<<<<<<<<<<<<<
@@ -12065,7 +12095,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
 */
   __pyx_v_made->taken = (__pyx_v_taken[0]);
 
-  /* "ivshmem/channel/queues.pyx":378
+  /* "ivshmem/channel/queues.pyx":380
  *     made.reader = reader
  *     made.taken = taken[0]
  *     made.message = taken.message             # <<<<<<<<<<<<<<
@@ -12076,7 +12106,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
 
   __pyx_v_made->__pyx_base.message = __pyx_t_8;
 
-  /* "ivshmem/channel/queues.pyx":379
+  /* "ivshmem/channel/queues.pyx":381
  *     made.taken = taken[0]
  *     made.message = taken.message
  *     made.live = True             # <<<<<<<<<<<<<<
@@ -12084,7 +12114,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
 */
   __pyx_v_made->__pyx_base.live = 1;
 
-  /* "ivshmem/channel/queues.pyx":380
+  /* "ivshmem/channel/queues.pyx":382
  *     made.message = taken.message
  *     made.live = True
  *     return made             # <<<<<<<<<<<<<<
@@ -12100,7 +12130,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":369
+  /* "ivshmem/channel/queues.pyx":371
  * 
  * 
  * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):             # <<<<<<<<<<<<<<
@@ -12780,11 +12810,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_QueueReader
   __pyx_vtable_7ivshmem_7channel_6queues_QueueReader.copy = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *, struct ivshmem_taken const *, char *))__pyx_f_7ivshmem_7channel_6queues_11QueueReader_copy;
   __pyx_vtable_7ivshmem_7channel_6queues_QueueReader.acknowledge = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *, struct ivshmem_taken const *))__pyx_f_7ivshmem_7channel_6queues_11QueueReader_acknowledge;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 106, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 108, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_6queues_QueueReader_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader)) __PYX_ERR(0, 106, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader)) __PYX_ERR(0, 108, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader = &__pyx_type_7ivshmem_7channel_6queues_QueueReader;
   #endif
@@ -12792,7 +12822,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_QueueReader
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 106, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 108, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader);
@@ -12802,12 +12832,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_QueueReader
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 106, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_QueueReader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 106, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 108, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_QueueReader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 108, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader, __pyx_base.__pyx_base.__pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 106, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 108, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -12828,11 +12858,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_Taken(__pyx
   __pyx_vtabptr_7ivshmem_7channel_6queues_Taken = &__pyx_vtable_7ivshmem_7channel_6queues_Taken;
   __pyx_vtable_7ivshmem_7channel_6queues_Taken.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_5views_Received;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 289, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 291, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_6queues_Taken_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken)) __PYX_ERR(0, 289, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken)) __PYX_ERR(0, 291, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken = &__pyx_type_7ivshmem_7channel_6queues_Taken;
   #endif
@@ -12840,7 +12870,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_Taken(__pyx
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 289, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 291, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken);
@@ -12850,9 +12880,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_Taken(__pyx
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_vtabptr_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 289, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Taken, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 289, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 289, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_vtabptr_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 291, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Taken, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 291, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 291, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -13534,33 +13564,33 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":180
+  /* "ivshmem/channel/queues.pyx":182
  *         return found
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
  *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
 */
-  __pyx_t_3 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 180, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 182, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
-  /* "ivshmem/channel/queues.pyx":181
+  /* "ivshmem/channel/queues.pyx":183
  * 
  *     @cython.critical_section
  *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 180, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 182, __pyx_L1_error)
 
-  /* "ivshmem/channel/queues.pyx":180
+  /* "ivshmem/channel/queues.pyx":182
  *         return found
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
  *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_3get_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 180, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_3get_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 182, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -13568,36 +13598,36 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_3);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_into, __pyx_t_2) < (0)) __PYX_ERR(0, 180, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_into, __pyx_t_2) < (0)) __PYX_ERR(0, 182, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/queues.pyx":236
+  /* "ivshmem/channel/queues.pyx":238
  *         )
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def take(self, timeout=None, *, spin=None):
  *         """Take the next message, and acknowledge it later: at least once.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 236, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 238, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/queues.pyx":237
+  /* "ivshmem/channel/queues.pyx":239
  * 
  *     @cython.critical_section
  *     def take(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Take the next message, and acknowledge it later: at least once.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 236, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 238, __pyx_L1_error)
 
-  /* "ivshmem/channel/queues.pyx":236
+  /* "ivshmem/channel/queues.pyx":238
  *         )
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def take(self, timeout=None, *, spin=None):
  *         """Take the next message, and acknowledge it later: at least once.
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_5take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 236, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_5take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 238, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -13605,55 +13635,55 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[0]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_3, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_3) < (0)) __PYX_ERR(0, 236, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_3) < (0)) __PYX_ERR(0, 238, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":258
+  /* "ivshmem/channel/queues.pyx":260
  *         return taken_of(Taken, self, &taken)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_content(self, "get", self._get_or, timeout)
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_7get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 258, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_7get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 260, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_async, __pyx_t_3) < (0)) __PYX_ERR(0, 258, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_async, __pyx_t_3) < (0)) __PYX_ERR(0, 260, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":268
+  /* "ivshmem/channel/queues.pyx":270
  *         return self.got(timeout, None, absent)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.get_into, timeout, (buffer,))
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_11get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 268, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_11get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 270, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_into_async, __pyx_t_3) < (0)) __PYX_ERR(0, 268, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_into_async, __pyx_t_3) < (0)) __PYX_ERR(0, 270, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":272
+  /* "ivshmem/channel/queues.pyx":274
  *         return until_something(self, self.get_into, timeout, (buffer,))
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.take, timeout, ())
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_13take_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_take_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 272, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_13take_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_take_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 274, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_take_async, __pyx_t_3) < (0)) __PYX_ERR(0, 272, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_take_async, __pyx_t_3) < (0)) __PYX_ERR(0, 274, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":1
@@ -13683,94 +13713,94 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":308
+  /* "ivshmem/channel/queues.pyx":310
  *         return self.taken.redelivered != 0
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
  *         return memoryview(self).tobytes()
  * 
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_1__bytes__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___bytes, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 308, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_1__bytes__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___bytes, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 310, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_bytes_2, __pyx_t_3) < (0)) __PYX_ERR(0, 308, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_bytes_2, __pyx_t_3) < (0)) __PYX_ERR(0, 310, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":311
+  /* "ivshmem/channel/queues.pyx":313
  *         return memoryview(self).tobytes()
  * 
  *     def get(self):             # <<<<<<<<<<<<<<
  *         """Return a copy: bytes, or what the channel's type makes of them."""
  *         data = bytes(self)
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_3get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 311, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_3get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 313, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_3) < (0)) __PYX_ERR(0, 311, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_3) < (0)) __PYX_ERR(0, 313, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":316
+  /* "ivshmem/channel/queues.pyx":318
  *         return data if self.reader.type is None else self.reader.type.decode(data)
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
  *         """Acknowledge it: no other reader gets it. May be called twice.
  * 
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_5done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_done, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 316, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_5done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_done, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 318, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_3) < (0)) __PYX_ERR(0, 316, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_3) < (0)) __PYX_ERR(0, 318, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":340
+  /* "ivshmem/channel/queues.pyx":342
  *                 )
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         with cython.critical_section(self.reader):
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_7give_back, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_give_back, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 340, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_7give_back, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_give_back, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 342, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_give_back, __pyx_t_3) < (0)) __PYX_ERR(0, 340, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_give_back, __pyx_t_3) < (0)) __PYX_ERR(0, 342, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":351
+  /* "ivshmem/channel/queues.pyx":353
  *                 self.reader.membership.flush()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_9__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 351, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_9__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 353, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_3) < (0)) __PYX_ERR(0, 351, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_3) < (0)) __PYX_ERR(0, 353, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":354
+  /* "ivshmem/channel/queues.pyx":356
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
  *         if kind is None:
  *             self.done()
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_11__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 354, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_11__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 356, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_3) < (0)) __PYX_ERR(0, 354, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_3) < (0)) __PYX_ERR(0, 356, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":1
@@ -13867,7 +13897,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/queues.pyx":180
+  /* "ivshmem/channel/queues.pyx":182
  *         return found
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13876,7 +13906,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 180, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 182, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -14043,27 +14073,27 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 180};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 182};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_taken};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_into, __pyx_mstate->__pyx_kp_b_iso88591_A_5Q_1D_t7_1_t6_ivQa_q_uHHBj_A_E, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 236};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 238};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_taken};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_take, __pyx_mstate->__pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_vQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 258};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 260};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_async, __pyx_mstate->__pyx_kp_b_iso88591_AV7_j, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 268};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 270};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_into_async, __pyx_mstate->__pyx_kp_b_iso88591_Q_avT_Ja, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 272};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 274};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_take_async, __pyx_mstate->__pyx_kp_b_iso88591_avT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
@@ -14078,32 +14108,32 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 308};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 310};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_bytes_2, __pyx_mstate->__pyx_kp_b_iso88591_A_z_xq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 311};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 313};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data};
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get, __pyx_mstate->__pyx_kp_b_iso88591_A_uAQ_xt7_T_WAQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 316};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 318};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_code};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t4q_a_a_Qat7_1D_q_k_AT_q_F_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 340};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 342};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_give_back, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t4q_a_t7_AQd_4q_G_fA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 351};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 353};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 354};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 356};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_kind, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_5_1_Q_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }

@@ -98,6 +98,8 @@ cdef class ClaimingEnd(ReaderEnd):
             finally:
                 if self.usable():
                     self.pass_on()
+        elif self.slept:  # in an event loop, or by its descriptor
+            self.pass_on()
         if code and code != IVSHMEM_AGAIN:
             raise self.fail(code)
         return code

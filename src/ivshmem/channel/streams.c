@@ -2368,7 +2368,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_7streams_MOST_PART = (1 << 17)
 };
 
-/* "ivshmem/channel/streams.pyx":160
+/* "ivshmem/channel/streams.pyx":180
  * 
  * 
  * cdef struct Probed:             # <<<<<<<<<<<<<<
@@ -2741,15 +2741,16 @@ struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd {
  * 
  * cdef class StreamListener(ChannelEnd):             # <<<<<<<<<<<<<<
  *     cdef ivshmem_listener listener
- * 
+ *     cdef bint slept
 */
 struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener {
   struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   struct ivshmem_listener listener;
+  int slept;
 };
 
 
-/* "ivshmem/channel/streams.pxd":23
+/* "ivshmem/channel/streams.pxd":26
  * 
  * 
  * cdef class Stream(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2767,7 +2768,7 @@ struct __pyx_obj_7ivshmem_7channel_7streams_Stream {
 };
 
 
-/* "ivshmem/channel/streams.pyx":203
+/* "ivshmem/channel/streams.pyx":223
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -2781,7 +2782,7 @@ struct __pyx_obj_7ivshmem_7channel_7streams_Half {
 };
 
 
-/* "ivshmem/channel/streams.pyx":508
+/* "ivshmem/channel/streams.pyx":528
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -3174,11 +3175,13 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *__pyx_vtabptr
 
 struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener {
   struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
+  int (*next_caller)(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *, struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, PyObject *, PyObject *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *__pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener;
+static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_next_caller(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *, struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, PyObject *, PyObject *);
 
 
-/* "ivshmem/channel/streams.pyx":235
+/* "ivshmem/channel/streams.pyx":255
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3216,7 +3219,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
 static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, PyObject *, PyObject *);
 
 
-/* "ivshmem/channel/streams.pyx":203
+/* "ivshmem/channel/streams.pyx":223
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3763,34 +3766,6 @@ static CYTHON_INLINE PyObject* __Pyx__PyNumber_Subtract_object_object(PyObject *
 /* PyObjectCompare.proto */
 static CYTHON_INLINE int __Pyx_PyObject_CompareBoolGt_int_object(PyObject *op1, PyObject *op2, int pyop);
 
-/* RejectKeywords.export */
-static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
-
-/* PyTypeError_Check.proto */
-#define __Pyx_PyExc_TypeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TypeError)
-
-/* PyConnectionRefusedError_Check.proto */
-#define __Pyx_PyExc_ConnectionRefusedError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ConnectionRefusedError)
-
-/* PyObjectCompare.proto */
-static CYTHON_INLINE int __Pyx_PyObject_CompareBoolLt_object_int(PyObject *op1, PyObject *op2, int pyop);
-
-/* PyLongCompare.proto */
-static CYTHON_INLINE int __Pyx_PyLong_BoolEqObjC(PyObject *op1, PyObject *op2, long intval, long inplace);
-
-/* PyBlockingIOError_Check.proto */
-#define __Pyx_PyExc_BlockingIOError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_BlockingIOError)
-
-/* PyTimeoutError_Check.proto */
-#define __Pyx_PyExc_TimeoutError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TimeoutError)
-
-/* PyObjectFormat.proto */
-#if CYTHON_USE_UNICODE_WRITER
-static PyObject* __Pyx_PyObject_Format(PyObject* s, PyObject* f);
-#else
-#define __Pyx_PyObject_Format(s, f) PyObject_Format(s, f)
-#endif
-
 /* GetException.proto */
 #if CYTHON_FAST_THREAD_STATE
 #define __Pyx_GetException(type, value, tb)  __Pyx__GetException(__pyx_tstate, type, value, tb)
@@ -3821,6 +3796,34 @@ static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject 
 #else
 #define __Pyx_ExceptionSave(type, value, tb)   PyErr_GetExcInfo(type, value, tb)
 #define __Pyx_ExceptionReset(type, value, tb)  PyErr_SetExcInfo(type, value, tb)
+#endif
+
+/* RejectKeywords.export */
+static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
+
+/* PyTypeError_Check.proto */
+#define __Pyx_PyExc_TypeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TypeError)
+
+/* PyConnectionRefusedError_Check.proto */
+#define __Pyx_PyExc_ConnectionRefusedError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ConnectionRefusedError)
+
+/* PyObjectCompare.proto */
+static CYTHON_INLINE int __Pyx_PyObject_CompareBoolLt_object_int(PyObject *op1, PyObject *op2, int pyop);
+
+/* PyLongCompare.proto */
+static CYTHON_INLINE int __Pyx_PyLong_BoolEqObjC(PyObject *op1, PyObject *op2, long intval, long inplace);
+
+/* PyBlockingIOError_Check.proto */
+#define __Pyx_PyExc_BlockingIOError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_BlockingIOError)
+
+/* PyTimeoutError_Check.proto */
+#define __Pyx_PyExc_TimeoutError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TimeoutError)
+
+/* PyObjectFormat.proto */
+#if CYTHON_USE_UNICODE_WRITER
+static PyObject* __Pyx_PyObject_Format(PyObject* s, PyObject* f);
+#else
+#define __Pyx_PyObject_Format(s, f) PyObject_Format(s, f)
 #endif
 
 /* PyBrokenPipeError_Check.proto */
@@ -4485,6 +4488,8 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep(struc
 static void __pyx_f_7ivshmem_7channel_7streams_14StreamListener_end_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_pass_on(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_next_caller(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self, struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_stream, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7streams_4Half_enter(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self); /* proto*/
 static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7channel_7streams_4Half_sleeper(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self); /* proto*/
@@ -4700,7 +4705,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[3];
     PyObject *__pyx_codeobj_tab[26];
-    PyObject *__pyx_string_tab[195];
+    PyObject *__pyx_string_tab[194];
     PyObject *__pyx_number_tab[4];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
@@ -4889,76 +4894,75 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_how __pyx_string_tab[122]
 #define __pyx_n_u_items __pyx_string_tab[123]
 #define __pyx_n_u_ivshmem_channel_streams __pyx_string_tab[124]
-#define __pyx_n_u_left __pyx_string_tab[125]
-#define __pyx_n_u_listener __pyx_string_tab[126]
-#define __pyx_n_u_makefile __pyx_string_tab[127]
-#define __pyx_n_u_membership __pyx_string_tab[128]
-#define __pyx_n_u_mode __pyx_string_tab[129]
-#define __pyx_n_u_monotonic __pyx_string_tab[130]
-#define __pyx_n_u_most __pyx_string_tab[131]
-#define __pyx_n_u_nbytes __pyx_string_tab[132]
-#define __pyx_n_u_newline __pyx_string_tab[133]
-#define __pyx_n_u_next __pyx_string_tab[134]
-#define __pyx_n_u_os __pyx_string_tab[135]
-#define __pyx_n_u_over __pyx_string_tab[136]
-#define __pyx_n_u_pop __pyx_string_tab[137]
-#define __pyx_n_u_r __pyx_string_tab[138]
-#define __pyx_n_u_read_from __pyx_string_tab[139]
-#define __pyx_n_u_receives __pyx_string_tab[140]
-#define __pyx_n_u_recv __pyx_string_tab[141]
-#define __pyx_n_u_recv_async __pyx_string_tab[142]
-#define __pyx_n_u_recv_into __pyx_string_tab[143]
-#define __pyx_n_u_room __pyx_string_tab[144]
-#define __pyx_n_u_seconds_of __pyx_string_tab[145]
-#define __pyx_n_u_self __pyx_string_tab[146]
-#define __pyx_n_u_send __pyx_string_tab[147]
-#define __pyx_n_u_sendall __pyx_string_tab[148]
-#define __pyx_n_u_sendall_async __pyx_string_tab[149]
-#define __pyx_n_u_sends __pyx_string_tab[150]
-#define __pyx_n_u_sent __pyx_string_tab[151]
-#define __pyx_n_u_setblocking __pyx_string_tab[152]
-#define __pyx_n_u_setdefault __pyx_string_tab[153]
-#define __pyx_n_u_settimeout __pyx_string_tab[154]
-#define __pyx_n_u_shutdown __pyx_string_tab[155]
-#define __pyx_n_u_size __pyx_string_tab[156]
-#define __pyx_n_u_spin __pyx_string_tab[157]
-#define __pyx_n_u_stream __pyx_string_tab[158]
-#define __pyx_n_u_stream_files __pyx_string_tab[159]
-#define __pyx_n_u_strerror __pyx_string_tab[160]
-#define __pyx_n_u_system_time_limits __pyx_string_tab[161]
-#define __pyx_n_u_text __pyx_string_tab[162]
-#define __pyx_n_u_throw __pyx_string_tab[163]
-#define __pyx_n_u_time __pyx_string_tab[164]
-#define __pyx_n_u_timeout __pyx_string_tab[165]
-#define __pyx_n_u_value __pyx_string_tab[166]
-#define __pyx_n_u_values __pyx_string_tab[167]
-#define __pyx_n_u_view __pyx_string_tab[168]
-#define __pyx_n_u_write_to __pyx_string_tab[169]
-#define __pyx_kp_b__3 __pyx_string_tab[170]
-#define __pyx_kp_b_PyObject_PyObject_int___pyx_skip __pyx_string_tab[171]
-#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[172]
-#define __pyx_kp_b_int_struct_ivshmem_stream_look_b __pyx_string_tab[173]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[174]
-#define __pyx_kp_b_iso88591_xq_q_AV1_1Ja_6_uCq_AZq_a_uCq_vX __pyx_string_tab[175]
-#define __pyx_kp_b_iso88591_A_1_V81A_j_aq_a_AT_4_6_uCq_fA_q __pyx_string_tab[176]
-#define __pyx_kp_b_iso88591_A_t_a __pyx_string_tab[177]
-#define __pyx_kp_b_iso88591_A_t_t1 __pyx_string_tab[178]
-#define __pyx_kp_b_iso88591_A23_1HAV1_4xwc_t2S_A_j_1_C1D_4uA __pyx_string_tab[179]
-#define __pyx_kp_b_iso88591_A_87_t_Qir_AZq_Kq __pyx_string_tab[180]
-#define __pyx_kp_b_iso88591_A_Kxz __pyx_string_tab[181]
-#define __pyx_kp_b_iso88591_A_t1 __pyx_string_tab[182]
-#define __pyx_kp_b_iso88591_A_F_Qat9Ba __pyx_string_tab[183]
-#define __pyx_kp_b_iso88591_A_t81F __pyx_string_tab[184]
-#define __pyx_kp_b_iso88591_A_1F_6_4uA_4vT_s_AQa __pyx_string_tab[185]
-#define __pyx_kp_b_iso88591_A_Q_1F_6_d_1_r_4q_E_e2V4uBfIQ_AQ __pyx_string_tab[186]
-#define __pyx_kp_b_iso88591_A_L_F __pyx_string_tab[187]
-#define __pyx_kp_b_iso88591_A_t81F_a __pyx_string_tab[188]
-#define __pyx_kp_b_iso88591_A_4r_G1_AV1A_F_4s_AQ_q_Yd_S_Cq_K __pyx_string_tab[189]
-#define __pyx_kp_b_iso88591_A_1F_6_t5_1_q_d_4uA_4vT_y_STTU_A __pyx_string_tab[190]
-#define __pyx_kp_b_iso88591_O_XY_5_v __pyx_string_tab[191]
-#define __pyx_kp_b_iso88591_1_avT_1 __pyx_string_tab[192]
-#define __pyx_kp_b_iso88591_2_AT_az_1 __pyx_string_tab[193]
-#define __pyx_kp_b_iso88591_0 __pyx_string_tab[194]
+#define __pyx_n_u_listener __pyx_string_tab[125]
+#define __pyx_n_u_makefile __pyx_string_tab[126]
+#define __pyx_n_u_membership __pyx_string_tab[127]
+#define __pyx_n_u_mode __pyx_string_tab[128]
+#define __pyx_n_u_monotonic __pyx_string_tab[129]
+#define __pyx_n_u_most __pyx_string_tab[130]
+#define __pyx_n_u_nbytes __pyx_string_tab[131]
+#define __pyx_n_u_newline __pyx_string_tab[132]
+#define __pyx_n_u_next __pyx_string_tab[133]
+#define __pyx_n_u_os __pyx_string_tab[134]
+#define __pyx_n_u_over __pyx_string_tab[135]
+#define __pyx_n_u_pop __pyx_string_tab[136]
+#define __pyx_n_u_r __pyx_string_tab[137]
+#define __pyx_n_u_read_from __pyx_string_tab[138]
+#define __pyx_n_u_receives __pyx_string_tab[139]
+#define __pyx_n_u_recv __pyx_string_tab[140]
+#define __pyx_n_u_recv_async __pyx_string_tab[141]
+#define __pyx_n_u_recv_into __pyx_string_tab[142]
+#define __pyx_n_u_room __pyx_string_tab[143]
+#define __pyx_n_u_seconds_of __pyx_string_tab[144]
+#define __pyx_n_u_self __pyx_string_tab[145]
+#define __pyx_n_u_send __pyx_string_tab[146]
+#define __pyx_n_u_sendall __pyx_string_tab[147]
+#define __pyx_n_u_sendall_async __pyx_string_tab[148]
+#define __pyx_n_u_sends __pyx_string_tab[149]
+#define __pyx_n_u_sent __pyx_string_tab[150]
+#define __pyx_n_u_setblocking __pyx_string_tab[151]
+#define __pyx_n_u_setdefault __pyx_string_tab[152]
+#define __pyx_n_u_settimeout __pyx_string_tab[153]
+#define __pyx_n_u_shutdown __pyx_string_tab[154]
+#define __pyx_n_u_size __pyx_string_tab[155]
+#define __pyx_n_u_spin __pyx_string_tab[156]
+#define __pyx_n_u_stream __pyx_string_tab[157]
+#define __pyx_n_u_stream_files __pyx_string_tab[158]
+#define __pyx_n_u_strerror __pyx_string_tab[159]
+#define __pyx_n_u_system_time_limits __pyx_string_tab[160]
+#define __pyx_n_u_text __pyx_string_tab[161]
+#define __pyx_n_u_throw __pyx_string_tab[162]
+#define __pyx_n_u_time __pyx_string_tab[163]
+#define __pyx_n_u_timeout __pyx_string_tab[164]
+#define __pyx_n_u_value __pyx_string_tab[165]
+#define __pyx_n_u_values __pyx_string_tab[166]
+#define __pyx_n_u_view __pyx_string_tab[167]
+#define __pyx_n_u_write_to __pyx_string_tab[168]
+#define __pyx_kp_b__3 __pyx_string_tab[169]
+#define __pyx_kp_b_PyObject_PyObject_int___pyx_skip __pyx_string_tab[170]
+#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[171]
+#define __pyx_kp_b_int_struct_ivshmem_stream_look_b __pyx_string_tab[172]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[173]
+#define __pyx_kp_b_iso88591_xq_q_AV1_1Ja_6_uCq_AZq_a_uCq_vX __pyx_string_tab[174]
+#define __pyx_kp_b_iso88591_A_1_V81A_j_4_1HIQ_uCq_fA_q_uCq_d __pyx_string_tab[175]
+#define __pyx_kp_b_iso88591_A_t_a __pyx_string_tab[176]
+#define __pyx_kp_b_iso88591_A_t_t1 __pyx_string_tab[177]
+#define __pyx_kp_b_iso88591_A23_1HAV1_4xwc_t2S_A_j_1_C1D_4uA __pyx_string_tab[178]
+#define __pyx_kp_b_iso88591_A_87_t_Qir_AZq_Kq __pyx_string_tab[179]
+#define __pyx_kp_b_iso88591_A_Kxz __pyx_string_tab[180]
+#define __pyx_kp_b_iso88591_A_t1 __pyx_string_tab[181]
+#define __pyx_kp_b_iso88591_A_F_Qat9Ba __pyx_string_tab[182]
+#define __pyx_kp_b_iso88591_A_t81F __pyx_string_tab[183]
+#define __pyx_kp_b_iso88591_A_1F_6_4uA_4vT_s_AQa __pyx_string_tab[184]
+#define __pyx_kp_b_iso88591_A_Q_1F_6_d_1_r_4q_E_e2V4uBfIQ_AQ __pyx_string_tab[185]
+#define __pyx_kp_b_iso88591_A_L_F __pyx_string_tab[186]
+#define __pyx_kp_b_iso88591_A_t81F_a __pyx_string_tab[187]
+#define __pyx_kp_b_iso88591_A_4r_G1_AV1A_F_4s_AQ_q_Yd_S_Cq_K __pyx_string_tab[188]
+#define __pyx_kp_b_iso88591_A_1F_6_t5_1_q_d_4uA_4vT_y_STTU_A __pyx_string_tab[189]
+#define __pyx_kp_b_iso88591_O_XY_5_v __pyx_string_tab[190]
+#define __pyx_kp_b_iso88591_1_avT_1 __pyx_string_tab[191]
+#define __pyx_kp_b_iso88591_2_AT_az_1 __pyx_string_tab[192]
+#define __pyx_kp_b_iso88591_0 __pyx_string_tab[193]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_11 __pyx_number_tab[1]
 #define __pyx_int_32 __pyx_number_tab[2]
@@ -5010,7 +5014,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<26; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<195; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<194; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -5071,7 +5075,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<26; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<195; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<194; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -6693,8 +6697,8 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(struct __
  *         return 0 if ivshmem_listener_has_caller(&self.listener) else IVSHMEM_AGAIN
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
+ *         self.slept = True
  *         ivshmem_sleep_begin(&self.channel, &self.listener.sleep)
- *         return self.attempt()
 */
 
 static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self) {
@@ -6707,20 +6711,29 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep(struc
   /* "ivshmem/channel/streams.pyx":61
  * 
  *     cdef int begin_sleep(self) except? -2:
+ *         self.slept = True             # <<<<<<<<<<<<<<
+ *         ivshmem_sleep_begin(&self.channel, &self.listener.sleep)
+ *         return self.attempt()
+*/
+  __pyx_v_self->slept = 1;
+
+  /* "ivshmem/channel/streams.pyx":62
+ *     cdef int begin_sleep(self) except? -2:
+ *         self.slept = True
  *         ivshmem_sleep_begin(&self.channel, &self.listener.sleep)             # <<<<<<<<<<<<<<
  *         return self.attempt()
  * 
 */
   ivshmem_sleep_begin((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->listener.sleep));
 
-  /* "ivshmem/channel/streams.pyx":62
- *     cdef int begin_sleep(self) except? -2:
+  /* "ivshmem/channel/streams.pyx":63
+ *         self.slept = True
  *         ivshmem_sleep_begin(&self.channel, &self.listener.sleep)
  *         return self.attempt()             # <<<<<<<<<<<<<<
  * 
  *     cdef void end_sleep(self) noexcept:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 62, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 63, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
@@ -6730,8 +6743,8 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep(struc
  *         return 0 if ivshmem_listener_has_caller(&self.listener) else IVSHMEM_AGAIN
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
+ *         self.slept = True
  *         ivshmem_sleep_begin(&self.channel, &self.listener.sleep)
- *         return self.attempt()
 */
 
   /* function exit code */
@@ -6743,7 +6756,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":64
+/* "ivshmem/channel/streams.pyx":65
  *         return self.attempt()
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6753,7 +6766,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep(struc
 
 static void __pyx_f_7ivshmem_7channel_7streams_14StreamListener_end_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self) {
 
-  /* "ivshmem/channel/streams.pyx":65
+  /* "ivshmem/channel/streams.pyx":66
  * 
  *     cdef void end_sleep(self) noexcept:
  *         ivshmem_sleep_end(&self.channel, &self.listener.sleep)             # <<<<<<<<<<<<<<
@@ -6762,7 +6775,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_14StreamListener_end_sleep(struct
 */
   ivshmem_sleep_end((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->listener.sleep));
 
-  /* "ivshmem/channel/streams.pyx":64
+  /* "ivshmem/channel/streams.pyx":65
  *         return self.attempt()
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6774,7 +6787,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_14StreamListener_end_sleep(struct
 
 }
 
-/* "ivshmem/channel/streams.pyx":67
+/* "ivshmem/channel/streams.pyx":68
  *         ivshmem_sleep_end(&self.channel, &self.listener.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -6791,7 +6804,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":68
+  /* "ivshmem/channel/streams.pyx":69
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and self.attempt() == 0:             # <<<<<<<<<<<<<<
@@ -6808,7 +6821,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 68, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 69, __pyx_L1_error)
   __pyx_t_2 = (__pyx_t_3 == 0);
 
 
@@ -6819,17 +6832,17 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":69
+    /* "ivshmem/channel/streams.pyx":70
  *     cdef int restore(self) except -1:
  *         if self.awaited and self.attempt() == 0:
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 69, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 70, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":68
+    /* "ivshmem/channel/streams.pyx":69
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and self.attempt() == 0:             # <<<<<<<<<<<<<<
@@ -6838,7 +6851,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":70
+  /* "ivshmem/channel/streams.pyx":71
  *         if self.awaited and self.attempt() == 0:
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -6851,7 +6864,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":67
+  /* "ivshmem/channel/streams.pyx":68
  *         ivshmem_sleep_end(&self.channel, &self.listener.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -6868,7 +6881,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":72
+/* "ivshmem/channel/streams.pyx":73
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -6879,7 +6892,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
 static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":73
+  /* "ivshmem/channel/streams.pyx":74
  * 
  *     cdef int give_up(self) except -1:
  *         ivshmem_listener_close(&self.listener)             # <<<<<<<<<<<<<<
@@ -6888,12 +6901,12 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up(struct __
 */
   ivshmem_listener_close((&__pyx_v_self->listener));
 
-  /* "ivshmem/channel/streams.pyx":74
+  /* "ivshmem/channel/streams.pyx":75
  *     cdef int give_up(self) except -1:
  *         ivshmem_listener_close(&self.listener)
  *         return 0             # <<<<<<<<<<<<<<
  * 
- *     @cython.critical_section
+ *     cdef int pass_on(self) except -1:
 */
   {
 
@@ -6901,7 +6914,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":72
+  /* "ivshmem/channel/streams.pyx":73
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -6915,8 +6928,358 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":76
+/* "ivshmem/channel/streams.pyx":77
  *         return 0
+ * 
+ *     cdef int pass_on(self) except -1:             # <<<<<<<<<<<<<<
+ *         """A ring wakes one listener: wake another one if there is more."""
+ *         if self.slept:
+*/
+
+static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_pass_on(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/channel/streams.pyx":79
+ *     cdef int pass_on(self) except -1:
+ *         """A ring wakes one listener: wake another one if there is more."""
+ *         if self.slept:             # <<<<<<<<<<<<<<
+ *             self.slept = False
+ *             ivshmem_listener_pass_on(&self.listener)
+*/
+  if (__pyx_v_self->slept) {
+
+    /* "ivshmem/channel/streams.pyx":80
+ *         """A ring wakes one listener: wake another one if there is more."""
+ *         if self.slept:
+ *             self.slept = False             # <<<<<<<<<<<<<<
+ *             ivshmem_listener_pass_on(&self.listener)
+ *             self.membership.flush()
+*/
+    __pyx_v_self->slept = 0;
+
+    /* "ivshmem/channel/streams.pyx":81
+ *         if self.slept:
+ *             self.slept = False
+ *             ivshmem_listener_pass_on(&self.listener)             # <<<<<<<<<<<<<<
+ *             self.membership.flush()
+ *         return 0
+*/
+    ivshmem_listener_pass_on((&__pyx_v_self->listener));
+
+    /* "ivshmem/channel/streams.pyx":82
+ *             self.slept = False
+ *             ivshmem_listener_pass_on(&self.listener)
+ *             self.membership.flush()             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 82, __pyx_L1_error)
+
+
+    /* "ivshmem/channel/streams.pyx":79
+ *     cdef int pass_on(self) except -1:
+ *         """A ring wakes one listener: wake another one if there is more."""
+ *         if self.slept:             # <<<<<<<<<<<<<<
+ *             self.slept = False
+ *             ivshmem_listener_pass_on(&self.listener)
+*/
+  }
+
+  /* "ivshmem/channel/streams.pyx":83
+ *             ivshmem_listener_pass_on(&self.listener)
+ *             self.membership.flush()
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int next_caller(self, Stream stream, object timeout, object spin) except? -2:
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/streams.pyx":77
+ *         return 0
+ * 
+ *     cdef int pass_on(self) except -1:             # <<<<<<<<<<<<<<
+ *         """A ring wakes one listener: wake another one if there is more."""
+ *         if self.slept:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.streams.StreamListener.pass_on", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/streams.pyx":85
+ *         return 0
+ * 
+ *     cdef int next_caller(self, Stream stream, object timeout, object spin) except? -2:             # <<<<<<<<<<<<<<
+ *         """Accept; 0, or IVSHMEM_AGAIN: no caller came in time."""
+ *         cdef int code
+*/
+
+static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_next_caller(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self, struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_stream, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin) {
+  int __pyx_v_code;
+  PyObject *__pyx_v_deadline = NULL;
+  PyObject *__pyx_v_left = NULL;
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  size_t __pyx_t_4;
+  int __pyx_t_5;
+  int __pyx_t_6;
+  long __pyx_t_7;
+  PyObject *__pyx_t_8 = NULL;
+  int __pyx_t_9;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("next_caller", 0);
+
+  /* "ivshmem/channel/streams.pyx":88
+ *         """Accept; 0, or IVSHMEM_AGAIN: no caller came in time."""
+ *         cdef int code
+ *         deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
+ *         while True:
+ *             self.enter()
+*/
+  __pyx_t_2 = NULL;
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 88, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_t_4 = 1;
+  #if CYTHON_UNPACK_METHODS
+  if (unlikely(PyMethod_Check(__pyx_t_3))) {
+    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_3);
+    assert(__pyx_t_2);
+    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_3);
+    __Pyx_INCREF(__pyx_t_2);
+    __Pyx_INCREF(__pyx__function);
+    __Pyx_DECREF_SET(__pyx_t_3, __pyx__function);
+    __pyx_t_4 = 0;
+  }
+  #endif
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_v_timeout};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 88, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  __pyx_v_deadline = __pyx_t_1;
+  __pyx_t_1 = 0;
+
+  /* "ivshmem/channel/streams.pyx":89
+ *         cdef int code
+ *         deadline = deadline_of(timeout)
+ *         while True:             # <<<<<<<<<<<<<<
+ *             self.enter()
+ *             stream.stream.channel = &self.channel
+*/
+  while (1) {
+
+    /* "ivshmem/channel/streams.pyx":90
+ *         deadline = deadline_of(timeout)
+ *         while True:
+ *             self.enter()             # <<<<<<<<<<<<<<
+ *             stream.stream.channel = &self.channel
+ *             code = ivshmem_accept(&self.listener, &stream.stream)
+*/
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 90, __pyx_L1_error)
+
+
+    /* "ivshmem/channel/streams.pyx":91
+ *         while True:
+ *             self.enter()
+ *             stream.stream.channel = &self.channel             # <<<<<<<<<<<<<<
+ *             code = ivshmem_accept(&self.listener, &stream.stream)
+ *             if code != IVSHMEM_AGAIN:
+*/
+    __pyx_v_stream->stream.channel = (&__pyx_v_self->__pyx_base.channel);
+
+    /* "ivshmem/channel/streams.pyx":92
+ *             self.enter()
+ *             stream.stream.channel = &self.channel
+ *             code = ivshmem_accept(&self.listener, &stream.stream)             # <<<<<<<<<<<<<<
+ *             if code != IVSHMEM_AGAIN:
+ *                 return code
+*/
+    __pyx_v_code = ivshmem_accept((&__pyx_v_self->listener), (&__pyx_v_stream->stream));
+
+    /* "ivshmem/channel/streams.pyx":93
+ *             stream.stream.channel = &self.channel
+ *             code = ivshmem_accept(&self.listener, &stream.stream)
+ *             if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
+ *                 return code
+ *             left = None if deadline is None else max(deadline - monotonic(), 0)
+*/
+    __pyx_t_6 = (__pyx_v_code != IVSHMEM_AGAIN);
+
+    if (__pyx_t_6) {
+
+
+      /* "ivshmem/channel/streams.pyx":94
+ *             code = ivshmem_accept(&self.listener, &stream.stream)
+ *             if code != IVSHMEM_AGAIN:
+ *                 return code             # <<<<<<<<<<<<<<
+ *             left = None if deadline is None else max(deadline - monotonic(), 0)
+ *             if self.wait(left, spin) == IVSHMEM_AGAIN:
+*/
+      {
+
+        __pyx_r = __pyx_v_code;
+      }
+      goto __pyx_L0;
+
+      /* "ivshmem/channel/streams.pyx":93
+ *             stream.stream.channel = &self.channel
+ *             code = ivshmem_accept(&self.listener, &stream.stream)
+ *             if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
+ *                 return code
+ *             left = None if deadline is None else max(deadline - monotonic(), 0)
+*/
+    }
+
+    /* "ivshmem/channel/streams.pyx":95
+ *             if code != IVSHMEM_AGAIN:
+ *                 return code
+ *             left = None if deadline is None else max(deadline - monotonic(), 0)             # <<<<<<<<<<<<<<
+ *             if self.wait(left, spin) == IVSHMEM_AGAIN:
+ *                 return IVSHMEM_AGAIN
+*/
+    __pyx_t_6 = (__pyx_v_deadline == Py_None);
+    if (__pyx_t_6) {
+      __Pyx_INCREF(Py_None);
+      __pyx_t_1 = Py_None;
+    } else {
+
+      __pyx_t_7 = 0;
+      __pyx_t_2 = NULL;
+      __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 95, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_8);
+      __pyx_t_4 = 1;
+      #if CYTHON_UNPACK_METHODS
+      if (unlikely(PyMethod_Check(__pyx_t_8))) {
+        __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_8);
+        assert(__pyx_t_2);
+        PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_8);
+        __Pyx_INCREF(__pyx_t_2);
+        __Pyx_INCREF(__pyx__function);
+        __Pyx_DECREF_SET(__pyx_t_8, __pyx__function);
+        __pyx_t_4 = 0;
+      }
+      #endif
+      {
+        PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
+        __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+        __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 95, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_3);
+      }
+      __pyx_t_8 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_deadline, __pyx_t_3); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 95, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_8);
+      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __pyx_t_2 = __Pyx_PyLong_From_long(__pyx_t_7); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 95, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+      __pyx_t_9 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_2, __pyx_t_8, Py_GT); if (unlikely((__pyx_t_9 < 0))) __PYX_ERR(0, 95, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+      if (__pyx_t_9) {
+        __pyx_t_2 = __Pyx_PyLong_From_long(__pyx_t_7); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 95, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_2);
+        __pyx_t_3 = __pyx_t_2;
+        __pyx_t_2 = 0;
+      } else {
+        __Pyx_INCREF(__pyx_t_8);
+        __pyx_t_3 = __pyx_t_8;
+      }
+
+      __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+      __Pyx_INCREF(__pyx_t_3);
+      __pyx_t_1 = __pyx_t_3;
+      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    }
+
+    __Pyx_XDECREF_SET(__pyx_v_left, __pyx_t_1);
+    __pyx_t_1 = 0;
+
+    /* "ivshmem/channel/streams.pyx":96
+ *                 return code
+ *             left = None if deadline is None else max(deadline - monotonic(), 0)
+ *             if self.wait(left, spin) == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
+ *                 return IVSHMEM_AGAIN
+ * 
+*/
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_left, __pyx_v_spin); if (unlikely(__pyx_t_5 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 96, __pyx_L1_error)
+    __pyx_t_6 = (__pyx_t_5 == IVSHMEM_AGAIN);
+
+
+    if (__pyx_t_6) {
+
+
+      /* "ivshmem/channel/streams.pyx":97
+ *             left = None if deadline is None else max(deadline - monotonic(), 0)
+ *             if self.wait(left, spin) == IVSHMEM_AGAIN:
+ *                 return IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
+ * 
+ *     @cython.critical_section
+*/
+      {
+
+        __pyx_r = IVSHMEM_AGAIN;
+      }
+      goto __pyx_L0;
+
+      /* "ivshmem/channel/streams.pyx":96
+ *                 return code
+ *             left = None if deadline is None else max(deadline - monotonic(), 0)
+ *             if self.wait(left, spin) == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
+ *                 return IVSHMEM_AGAIN
+ * 
+*/
+    }
+  }
+
+  /* "ivshmem/channel/streams.pyx":85
+ *         return 0
+ * 
+ *     cdef int next_caller(self, Stream stream, object timeout, object spin) except? -2:             # <<<<<<<<<<<<<<
+ *         """Accept; 0, or IVSHMEM_AGAIN: no caller came in time."""
+ *         cdef int code
+*/
+
+  /* function exit code */
+  __pyx_r = 0;
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_AddTraceback("ivshmem.channel.streams.StreamListener.next_caller", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -2;
+  __pyx_L0:;
+
+  __Pyx_XDECREF(__pyx_v_deadline);
+  __Pyx_XDECREF(__pyx_v_left);
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/streams.pyx":99
+ *                 return IVSHMEM_AGAIN
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def accept(self, timeout=None, *, spin=None):
@@ -6964,20 +7327,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 76, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 99, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 76, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 99, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "accept", 0) < (0)) __PYX_ERR(0, 76, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "accept", 0) < (0)) __PYX_ERR(0, 99, __pyx_L3_error)
 
-      /* "ivshmem/channel/streams.pyx":77
+      /* "ivshmem/channel/streams.pyx":100
  * 
  *     @cython.critical_section
  *     def accept(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -6990,7 +7353,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 76, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 99, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -7003,7 +7366,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("accept", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 76, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("accept", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 99, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7016,8 +7379,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(((struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/streams.pyx":76
- *         return 0
+  /* "ivshmem/channel/streams.pyx":99
+ *                 return IVSHMEM_AGAIN
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def accept(self, timeout=None, *, spin=None):
@@ -7035,21 +7398,21 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin) {
   struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_stream = 0;
   int __pyx_v_code;
-  PyObject *__pyx_v_deadline = NULL;
-  PyObject *__pyx_v_left = NULL;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
   int __pyx_t_3;
-  PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
-  size_t __pyx_t_6;
-  int __pyx_t_7;
-  long __pyx_t_8;
+  int __pyx_t_4;
+  int __pyx_t_5;
+  char const *__pyx_t_6;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
   PyObject *__pyx_t_9 = NULL;
-  int __pyx_t_10;
+  PyObject *__pyx_t_10 = NULL;
   PyObject *__pyx_t_11 = NULL;
+  PyObject *__pyx_t_12 = NULL;
+  int __pyx_t_13;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -7061,121 +7424,70 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":90
+        /* "ivshmem/channel/streams.pyx":113
  *             ClosedError: the listener, the channels or the region is closed.
  *         """
  *         cdef Stream stream = Stream.__new__(Stream)             # <<<<<<<<<<<<<<
  *         cdef int code
  *         stream.take_over(self)
 */
-        __pyx_t_2 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Stream(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 90, __pyx_L4_error)
+        __pyx_t_2 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Stream(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 113, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         __pyx_v_stream = ((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/streams.pyx":92
+        /* "ivshmem/channel/streams.pyx":115
  *         cdef Stream stream = Stream.__new__(Stream)
  *         cdef int code
  *         stream.take_over(self)             # <<<<<<<<<<<<<<
- *         deadline = deadline_of(timeout)
- *         while True:
+ *         try:
+ *             code = self.next_caller(stream, timeout, spin)
 */
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(__pyx_v_stream, __pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 92, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(__pyx_v_stream, __pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 115, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":93
+        /* "ivshmem/channel/streams.pyx":116
  *         cdef int code
  *         stream.take_over(self)
- *         deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
- *         while True:
- *             self.enter()
-*/
-        __pyx_t_4 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 93, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_5);
-        __pyx_t_6 = 1;
-        #if CYTHON_UNPACK_METHODS
-        if (unlikely(PyMethod_Check(__pyx_t_5))) {
-          __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_5);
-          assert(__pyx_t_4);
-          PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
-          __Pyx_INCREF(__pyx_t_4);
-          __Pyx_INCREF(__pyx__function);
-          __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
-          __pyx_t_6 = 0;
-        }
-        #endif
-        {
-          PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_v_timeout};
-          __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-          __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 93, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_2);
-        }
-        __pyx_v_deadline = __pyx_t_2;
-        __pyx_t_2 = 0;
-
-        /* "ivshmem/channel/streams.pyx":94
- *         stream.take_over(self)
- *         deadline = deadline_of(timeout)
- *         while True:             # <<<<<<<<<<<<<<
- *             self.enter()
- *             stream.stream.channel = &self.channel
-*/
-        while (1) {
-
-          /* "ivshmem/channel/streams.pyx":95
- *         deadline = deadline_of(timeout)
- *         while True:
- *             self.enter()             # <<<<<<<<<<<<<<
- *             stream.stream.channel = &self.channel
- *             code = ivshmem_accept(&self.listener, &stream.stream)
-*/
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 95, __pyx_L4_error)
-
-
-          /* "ivshmem/channel/streams.pyx":96
- *         while True:
- *             self.enter()
- *             stream.stream.channel = &self.channel             # <<<<<<<<<<<<<<
- *             code = ivshmem_accept(&self.listener, &stream.stream)
+ *         try:             # <<<<<<<<<<<<<<
+ *             code = self.next_caller(stream, timeout, spin)
  *             if code == 0:
 */
-          __pyx_v_stream->stream.channel = (&__pyx_v_self->__pyx_base.channel);
+        /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":97
- *             self.enter()
- *             stream.stream.channel = &self.channel
- *             code = ivshmem_accept(&self.listener, &stream.stream)             # <<<<<<<<<<<<<<
+          /* "ivshmem/channel/streams.pyx":117
+ *         stream.take_over(self)
+ *         try:
+ *             code = self.next_caller(stream, timeout, spin)             # <<<<<<<<<<<<<<
  *             if code == 0:
  *                 stream.begin()
 */
-          __pyx_v_code = ivshmem_accept((&__pyx_v_self->listener), (&__pyx_v_stream->stream));
+          __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_next_caller(__pyx_v_self, __pyx_v_stream, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 117, __pyx_L7_error)
+          __pyx_v_code = __pyx_t_3;
 
-          /* "ivshmem/channel/streams.pyx":98
- *             stream.stream.channel = &self.channel
- *             code = ivshmem_accept(&self.listener, &stream.stream)
+          /* "ivshmem/channel/streams.pyx":118
+ *         try:
+ *             code = self.next_caller(stream, timeout, spin)
  *             if code == 0:             # <<<<<<<<<<<<<<
  *                 stream.begin()
  *                 return stream
 */
-          __pyx_t_7 = (__pyx_v_code == 0);
+          __pyx_t_4 = (__pyx_v_code == 0);
 
-          if (__pyx_t_7) {
+          if (__pyx_t_4) {
 
 
-            /* "ivshmem/channel/streams.pyx":99
- *             code = ivshmem_accept(&self.listener, &stream.stream)
+            /* "ivshmem/channel/streams.pyx":119
+ *             code = self.next_caller(stream, timeout, spin)
  *             if code == 0:
  *                 stream.begin()             # <<<<<<<<<<<<<<
  *                 return stream
  *             if code != IVSHMEM_AGAIN:
 */
-            __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(__pyx_v_stream); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 99, __pyx_L4_error)
+            __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(__pyx_v_stream); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 119, __pyx_L7_error)
 
 
-            /* "ivshmem/channel/streams.pyx":100
+            /* "ivshmem/channel/streams.pyx":120
  *             if code == 0:
  *                 stream.begin()
  *                 return stream             # <<<<<<<<<<<<<<
@@ -7192,159 +7504,184 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
               __Pyx_XDECREF(__pyx_temp);
             }
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-            goto __pyx_L3_return;
+            goto __pyx_L6_return;
 
-            /* "ivshmem/channel/streams.pyx":98
- *             stream.stream.channel = &self.channel
- *             code = ivshmem_accept(&self.listener, &stream.stream)
+            /* "ivshmem/channel/streams.pyx":118
+ *         try:
+ *             code = self.next_caller(stream, timeout, spin)
  *             if code == 0:             # <<<<<<<<<<<<<<
  *                 stream.begin()
  *                 return stream
 */
           }
 
-          /* "ivshmem/channel/streams.pyx":101
+          /* "ivshmem/channel/streams.pyx":121
  *                 stream.begin()
  *                 return stream
  *             if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                 raise self.fail(code)
- *             left = None if deadline is None else max(deadline - monotonic(), 0)
+ *         finally:
 */
-          __pyx_t_7 = (__pyx_v_code != IVSHMEM_AGAIN);
+          __pyx_t_4 = (__pyx_v_code != IVSHMEM_AGAIN);
 
-          if (unlikely(__pyx_t_7)) {
+          if (unlikely(__pyx_t_4)) {
 
 
-            /* "ivshmem/channel/streams.pyx":102
+            /* "ivshmem/channel/streams.pyx":122
  *                 return stream
  *             if code != IVSHMEM_AGAIN:
  *                 raise self.fail(code)             # <<<<<<<<<<<<<<
- *             left = None if deadline is None else max(deadline - monotonic(), 0)
- *             if self.wait(left, spin) == IVSHMEM_AGAIN:
+ *         finally:
+ *             if self.usable():
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 102, __pyx_L4_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 122, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_2);
             __Pyx_Raise(__pyx_t_2, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-            __PYX_ERR(0, 102, __pyx_L4_error)
+            __PYX_ERR(0, 122, __pyx_L7_error)
 
-            /* "ivshmem/channel/streams.pyx":101
+            /* "ivshmem/channel/streams.pyx":121
  *                 stream.begin()
  *                 return stream
  *             if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                 raise self.fail(code)
- *             left = None if deadline is None else max(deadline - monotonic(), 0)
-*/
-          }
-
-          /* "ivshmem/channel/streams.pyx":103
- *             if code != IVSHMEM_AGAIN:
- *                 raise self.fail(code)
- *             left = None if deadline is None else max(deadline - monotonic(), 0)             # <<<<<<<<<<<<<<
- *             if self.wait(left, spin) == IVSHMEM_AGAIN:
- *                 return None
-*/
-          __pyx_t_7 = (__pyx_v_deadline == Py_None);
-          if (__pyx_t_7) {
-            __Pyx_INCREF(Py_None);
-            __pyx_t_2 = Py_None;
-          } else {
-
-            __pyx_t_8 = 0;
-            __pyx_t_4 = NULL;
-            __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 103, __pyx_L4_error)
-            __Pyx_GOTREF(__pyx_t_9);
-            __pyx_t_6 = 1;
-            #if CYTHON_UNPACK_METHODS
-            if (unlikely(PyMethod_Check(__pyx_t_9))) {
-              __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_9);
-              assert(__pyx_t_4);
-              PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_9);
-              __Pyx_INCREF(__pyx_t_4);
-              __Pyx_INCREF(__pyx__function);
-              __Pyx_DECREF_SET(__pyx_t_9, __pyx__function);
-              __pyx_t_6 = 0;
-            }
-            #endif
-            {
-              PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
-              __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_9, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-              __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-              __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-              if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 103, __pyx_L4_error)
-              __Pyx_GOTREF(__pyx_t_5);
-            }
-            __pyx_t_9 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_deadline, __pyx_t_5); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 103, __pyx_L4_error)
-            __Pyx_GOTREF(__pyx_t_9);
-            __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            __pyx_t_4 = __Pyx_PyLong_From_long(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 103, __pyx_L4_error)
-            __Pyx_GOTREF(__pyx_t_4);
-            __pyx_t_10 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_4, __pyx_t_9, Py_GT); if (unlikely((__pyx_t_10 < 0))) __PYX_ERR(0, 103, __pyx_L4_error)
-            __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (__pyx_t_10) {
-              __pyx_t_4 = __Pyx_PyLong_From_long(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 103, __pyx_L4_error)
-              __Pyx_GOTREF(__pyx_t_4);
-              __pyx_t_5 = __pyx_t_4;
-              __pyx_t_4 = 0;
-            } else {
-              __Pyx_INCREF(__pyx_t_9);
-              __pyx_t_5 = __pyx_t_9;
-            }
-
-            __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-            __Pyx_INCREF(__pyx_t_5);
-            __pyx_t_2 = __pyx_t_5;
-            __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-          }
-
-          __Pyx_XDECREF_SET(__pyx_v_left, __pyx_t_2);
-          __pyx_t_2 = 0;
-
-          /* "ivshmem/channel/streams.pyx":104
- *                 raise self.fail(code)
- *             left = None if deadline is None else max(deadline - monotonic(), 0)
- *             if self.wait(left, spin) == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
- *                 return None
- * 
-*/
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_left, __pyx_v_spin); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 104, __pyx_L4_error)
-          __pyx_t_7 = (__pyx_t_3 == IVSHMEM_AGAIN);
-
-
-          if (__pyx_t_7) {
-
-
-            /* "ivshmem/channel/streams.pyx":105
- *             left = None if deadline is None else max(deadline - monotonic(), 0)
- *             if self.wait(left, spin) == IVSHMEM_AGAIN:
- *                 return None             # <<<<<<<<<<<<<<
- * 
- *     def accept_async(self, timeout=None):
-*/
-            {
-              PyObject *__pyx_temp;
-              {
-                __pyx_temp = __pyx_r;
-                __pyx_r = Py_None; __Pyx_INCREF(Py_None);
-              }
-              __Pyx_XDECREF(__pyx_temp);
-            }
-            __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-            goto __pyx_L3_return;
-
-            /* "ivshmem/channel/streams.pyx":104
- *                 raise self.fail(code)
- *             left = None if deadline is None else max(deadline - monotonic(), 0)
- *             if self.wait(left, spin) == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
- *                 return None
- * 
+ *         finally:
 */
           }
         }
+
+        /* "ivshmem/channel/streams.pyx":124
+ *                 raise self.fail(code)
+ *         finally:
+ *             if self.usable():             # <<<<<<<<<<<<<<
+ *                 self.pass_on()
+ * 
+*/
+        /*finally:*/ {
+          /*normal exit:*/{
+            __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
+
+            if (__pyx_t_4) {
+
+
+              /* "ivshmem/channel/streams.pyx":125
+ *         finally:
+ *             if self.usable():
+ *                 self.pass_on()             # <<<<<<<<<<<<<<
+ * 
+ *     def accept_async(self, timeout=None):
+*/
+              __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_pass_on(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 125, __pyx_L4_error)
+
+
+              /* "ivshmem/channel/streams.pyx":124
+ *                 raise self.fail(code)
+ *         finally:
+ *             if self.usable():             # <<<<<<<<<<<<<<
+ *                 self.pass_on()
+ * 
+*/
+            }
+            goto __pyx_L8;
+          }
+          __pyx_L7_error:;
+          /*exception exit:*/{
+            __Pyx_PyThreadState_declare
+            __Pyx_PyThreadState_assign
+            __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0;
+            __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+             __Pyx_ExceptionSwap(&__pyx_t_10, &__pyx_t_11, &__pyx_t_12);
+            if ( unlikely(__Pyx_GetException(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9) < 0)) __Pyx_ErrFetch(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9);
+            __Pyx_XGOTREF(__pyx_t_7);
+            __Pyx_XGOTREF(__pyx_t_8);
+            __Pyx_XGOTREF(__pyx_t_9);
+            __Pyx_XGOTREF(__pyx_t_10);
+            __Pyx_XGOTREF(__pyx_t_11);
+            __Pyx_XGOTREF(__pyx_t_12);
+            __pyx_t_3 = __pyx_lineno; __pyx_t_5 = __pyx_clineno; __pyx_t_6 = __pyx_filename;
+            {
+              __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
+
+              if (__pyx_t_4) {
+
+
+                /* "ivshmem/channel/streams.pyx":125
+ *         finally:
+ *             if self.usable():
+ *                 self.pass_on()             # <<<<<<<<<<<<<<
+ * 
+ *     def accept_async(self, timeout=None):
+*/
+                __pyx_t_13 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_pass_on(__pyx_v_self); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 125, __pyx_L13_error)
+
+
+                /* "ivshmem/channel/streams.pyx":124
+ *                 raise self.fail(code)
+ *         finally:
+ *             if self.usable():             # <<<<<<<<<<<<<<
+ *                 self.pass_on()
+ * 
+*/
+              }
+            }
+            __Pyx_XGIVEREF(__pyx_t_10);
+            __Pyx_XGIVEREF(__pyx_t_11);
+            __Pyx_XGIVEREF(__pyx_t_12);
+            __Pyx_ExceptionReset(__pyx_t_10, __pyx_t_11, __pyx_t_12);
+            __Pyx_XGIVEREF(__pyx_t_7);
+            __Pyx_XGIVEREF(__pyx_t_8);
+            __Pyx_XGIVEREF(__pyx_t_9);
+            __Pyx_ErrRestore(__pyx_t_7, __pyx_t_8, __pyx_t_9);
+            __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0;
+            __pyx_lineno = __pyx_t_3; __pyx_clineno = __pyx_t_5; __pyx_filename = __pyx_t_6;
+            goto __pyx_L4_error;
+            __pyx_L13_error:;
+            __Pyx_XGIVEREF(__pyx_t_10);
+            __Pyx_XGIVEREF(__pyx_t_11);
+            __Pyx_XGIVEREF(__pyx_t_12);
+            __Pyx_ExceptionReset(__pyx_t_10, __pyx_t_11, __pyx_t_12);
+            __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+            __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
+            __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
+            __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0;
+            goto __pyx_L4_error;
+          }
+          __pyx_L6_return: {
+            __pyx_t_12 = __pyx_r;
+            __pyx_r = 0;
+            __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
+
+            if (__pyx_t_4) {
+
+
+              /* "ivshmem/channel/streams.pyx":125
+ *         finally:
+ *             if self.usable():
+ *                 self.pass_on()             # <<<<<<<<<<<<<<
+ * 
+ *     def accept_async(self, timeout=None):
+*/
+              __pyx_t_5 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_pass_on(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 125, __pyx_L4_error)
+
+
+              /* "ivshmem/channel/streams.pyx":124
+ *                 raise self.fail(code)
+ *         finally:
+ *             if self.usable():             # <<<<<<<<<<<<<<
+ *                 self.pass_on()
+ * 
+*/
+            }
+            __pyx_r = __pyx_t_12;
+            __pyx_t_12 = 0;
+            goto __pyx_L3_return;
+          }
+          __pyx_L8:;
+        }
       }
 
-      /* "ivshmem/channel/streams.pyx":76
- *         return 0
+      /* "ivshmem/channel/streams.pyx":99
+ *                 return IVSHMEM_AGAIN
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def accept(self, timeout=None, *, spin=None):
@@ -7356,11 +7693,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
           goto __pyx_L5;
         }
         __pyx_L3_return: {
-          __pyx_t_11 = __pyx_r;
+          __pyx_t_12 = __pyx_r;
           __pyx_r = 0;
           __Pyx_PyCriticalSection_End(&__pyx_cs);
-          __pyx_r = __pyx_t_11;
-          __pyx_t_11 = 0;
+          __pyx_r = __pyx_t_12;
+          __pyx_t_12 = 0;
           goto __pyx_L0;
         }
         __pyx_L4_error: {
@@ -7378,23 +7715,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_9);
   __Pyx_AddTraceback("ivshmem.channel.streams.StreamListener.accept", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XDECREF((PyObject *)__pyx_v_stream);
 
-  __Pyx_XDECREF(__pyx_v_deadline);
-  __Pyx_XDECREF(__pyx_v_left);
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":107
- *                 return None
+/* "ivshmem/channel/streams.pyx":127
+ *                 self.pass_on()
  * 
  *     def accept_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `accept` for asyncio: a coroutine. To cancel it takes nothing."""
@@ -7441,24 +7773,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 107, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 127, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 107, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 127, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "accept_async", 0) < (0)) __PYX_ERR(0, 107, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "accept_async", 0) < (0)) __PYX_ERR(0, 127, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 107, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 127, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -7469,7 +7801,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("accept_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 107, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("accept_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 127, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7500,16 +7832,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_4accept_as
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("accept_async", 0);
 
-  /* "ivshmem/channel/streams.pyx":109
+  /* "ivshmem/channel/streams.pyx":129
  *     def accept_async(self, timeout=None):
  *         """The twin of `accept` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.accept, timeout, ())             # <<<<<<<<<<<<<<
  * 
  *     def __iter__(self):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_accept); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 109, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_accept); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 129, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 109, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 129, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -7523,8 +7855,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_4accept_as
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":107
- *                 return None
+  /* "ivshmem/channel/streams.pyx":127
+ *                 self.pass_on()
  * 
  *     def accept_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `accept` for asyncio: a coroutine. To cancel it takes nothing."""
@@ -7543,7 +7875,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_4accept_as
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":111
+/* "ivshmem/channel/streams.pyx":131
  *         return until_something(self, self.accept, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -7571,7 +7903,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_6__iter__(
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/streams.pyx":112
+  /* "ivshmem/channel/streams.pyx":132
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -7589,7 +7921,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_6__iter__(
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":111
+  /* "ivshmem/channel/streams.pyx":131
  *         return until_something(self, self.accept, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -7604,7 +7936,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_6__iter__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":114
+/* "ivshmem/channel/streams.pyx":134
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -7638,7 +7970,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_8__next__(
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/streams.pyx":115
+  /* "ivshmem/channel/streams.pyx":135
  * 
  *     def __next__(self):
  *         return self.accept()             # <<<<<<<<<<<<<<
@@ -7652,7 +7984,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_8__next__(
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_accept, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 115, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 135, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -7666,7 +7998,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_8__next__(
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":114
+  /* "ivshmem/channel/streams.pyx":134
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -7686,7 +8018,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_8__next__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":117
+/* "ivshmem/channel/streams.pyx":137
  *         return self.accept()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -7714,7 +8046,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_10__aiter_
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/streams.pyx":118
+  /* "ivshmem/channel/streams.pyx":138
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -7732,7 +8064,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_10__aiter_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":117
+  /* "ivshmem/channel/streams.pyx":137
  *         return self.accept()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -7747,7 +8079,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_10__aiter_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":120
+/* "ivshmem/channel/streams.pyx":140
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -7781,7 +8113,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_12__anext_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/streams.pyx":121
+  /* "ivshmem/channel/streams.pyx":141
  * 
  *     def __anext__(self):
  *         return self.accept_async()             # <<<<<<<<<<<<<<
@@ -7795,7 +8127,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_12__anext_
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_accept_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 121, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 141, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -7809,7 +8141,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_12__anext_
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":120
+  /* "ivshmem/channel/streams.pyx":140
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -8035,7 +8367,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_16__setsta
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":124
+/* "ivshmem/channel/streams.pyx":144
  * 
  * 
  * def connect(channels, Membership membership not None, dict found not None):             # <<<<<<<<<<<<<<
@@ -8085,38 +8417,38 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_channels,&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_found,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 124, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 144, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 124, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 144, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 124, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 144, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 124, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 144, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "connect", 0) < (0)) __PYX_ERR(0, 124, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "connect", 0) < (0)) __PYX_ERR(0, 144, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("connect", 1, 3, 3, i); __PYX_ERR(0, 124, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("connect", 1, 3, 3, i); __PYX_ERR(0, 144, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 124, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 144, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 124, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 144, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 124, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 144, __pyx_L3_error)
     }
     __pyx_v_channels = values[0];
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[1]);
@@ -8124,7 +8456,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("connect", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 124, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("connect", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 144, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8135,8 +8467,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 124, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_found), (&PyDict_Type), 0, "found", 1))) __PYX_ERR(0, 124, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 144, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_found), (&PyDict_Type), 0, "found", 1))) __PYX_ERR(0, 144, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_connect(__pyx_self, __pyx_v_channels, __pyx_v_membership, __pyx_v_found);
 
   /* function exit code */
@@ -8181,29 +8513,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("connect", 0);
 
-  /* "ivshmem/channel/streams.pyx":131
+  /* "ivshmem/channel/streams.pyx":151
  *         ChannelError: all connections are in use.
  *     """
  *     cdef Stream stream = Stream.__new__(Stream)             # <<<<<<<<<<<<<<
  *     cdef int code
  *     open_channel(stream, channels, membership, found)
 */
-  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Stream(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 131, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Stream(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 151, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_stream = ((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":133
+  /* "ivshmem/channel/streams.pyx":153
  *     cdef Stream stream = Stream.__new__(Stream)
  *     cdef int code
  *     open_channel(stream, channels, membership, found)             # <<<<<<<<<<<<<<
  *     stream.stream.channel = &stream.channel
  *     stream.stream.member = &membership.member
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_stream), __pyx_v_channels, __pyx_v_membership, __pyx_v_found); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 133, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_stream), __pyx_v_channels, __pyx_v_membership, __pyx_v_found); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 153, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":134
+  /* "ivshmem/channel/streams.pyx":154
  *     cdef int code
  *     open_channel(stream, channels, membership, found)
  *     stream.stream.channel = &stream.channel             # <<<<<<<<<<<<<<
@@ -8212,7 +8544,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   __pyx_v_stream->stream.channel = (&__pyx_v_stream->__pyx_base.channel);
 
-  /* "ivshmem/channel/streams.pyx":135
+  /* "ivshmem/channel/streams.pyx":155
  *     open_channel(stream, channels, membership, found)
  *     stream.stream.channel = &stream.channel
  *     stream.stream.member = &membership.member             # <<<<<<<<<<<<<<
@@ -8221,7 +8553,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   __pyx_v_stream->stream.member = (&__pyx_v_membership->member);
 
-  /* "ivshmem/channel/streams.pyx":136
+  /* "ivshmem/channel/streams.pyx":156
  *     stream.stream.channel = &stream.channel
  *     stream.stream.member = &membership.member
  *     code = ivshmem_stream_connect(&stream.stream)             # <<<<<<<<<<<<<<
@@ -8230,7 +8562,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   __pyx_v_code = ivshmem_stream_connect((&__pyx_v_stream->stream));
 
-  /* "ivshmem/channel/streams.pyx":137
+  /* "ivshmem/channel/streams.pyx":157
  *     stream.stream.member = &membership.member
  *     code = ivshmem_stream_connect(&stream.stream)
  *     if code == IVSHMEM_NOT_FOUND:             # <<<<<<<<<<<<<<
@@ -8242,7 +8574,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/streams.pyx":138
+    /* "ivshmem/channel/streams.pyx":158
  *     code = ivshmem_stream_connect(&stream.stream)
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise ConnectionRefusedError(f"channel {stream.name!r}: no process listens")             # <<<<<<<<<<<<<<
@@ -8250,7 +8582,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
  *         most = stream.channel.record.geometry.writers
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_stream->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 138, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_stream->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 158, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_6[1] = __pyx_t_5;
@@ -8264,7 +8596,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
     __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]);
     #endif
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_2);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 138, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 158, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_9 = 1;
@@ -8273,14 +8605,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ConnectionRefusedError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 138, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 158, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 138, __pyx_L1_error)
+    __PYX_ERR(0, 158, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":137
+    /* "ivshmem/channel/streams.pyx":157
  *     stream.stream.member = &membership.member
  *     code = ivshmem_stream_connect(&stream.stream)
  *     if code == IVSHMEM_NOT_FOUND:             # <<<<<<<<<<<<<<
@@ -8289,7 +8621,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":139
+  /* "ivshmem/channel/streams.pyx":159
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise ConnectionRefusedError(f"channel {stream.name!r}: no process listens")
  *     if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -8301,7 +8633,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/streams.pyx":140
+    /* "ivshmem/channel/streams.pyx":160
  *         raise ConnectionRefusedError(f"channel {stream.name!r}: no process listens")
  *     if code == IVSHMEM_TAKEN:
  *         most = stream.channel.record.geometry.writers             # <<<<<<<<<<<<<<
@@ -8312,7 +8644,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 
     __pyx_v_most = __pyx_t_10;
 
-    /* "ivshmem/channel/streams.pyx":141
+    /* "ivshmem/channel/streams.pyx":161
  *     if code == IVSHMEM_TAKEN:
  *         most = stream.channel.record.geometry.writers
  *         raise ChannelError(             # <<<<<<<<<<<<<<
@@ -8320,35 +8652,35 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
  *             " connections"
 */
     __pyx_t_8 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 141, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 161, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
 
-    /* "ivshmem/channel/streams.pyx":142
+    /* "ivshmem/channel/streams.pyx":162
  *         most = stream.channel.record.geometry.writers
  *         raise ChannelError(
  *             f"channel {stream.name!r}: {all_of(most, 'connection')} in use; create it with more"             # <<<<<<<<<<<<<<
  *             " connections"
  *         )
 */
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_stream->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 142, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_stream->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 162, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_all_of); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 142, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_all_of); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 162, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_12 = __Pyx_PyLong_From_uint32_t(__pyx_v_most); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 142, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_uint32_t(__pyx_v_most); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 162, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_13 = PyTuple_New(2); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 142, __pyx_L1_error)
+    __pyx_t_13 = PyTuple_New(2); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 162, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
     __Pyx_GIVEREF(__pyx_t_12);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 0, __pyx_t_12) != (0)) __PYX_ERR(0, 142, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 0, __pyx_t_12) != (0)) __PYX_ERR(0, 162, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_connection);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_connection);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 1, __pyx_mstate_global->__pyx_n_u_connection) != (0)) __PYX_ERR(0, 142, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 1, __pyx_mstate_global->__pyx_n_u_connection) != (0)) __PYX_ERR(0, 162, __pyx_L1_error);
     __pyx_t_12 = 0;
-    __pyx_t_12 = __Pyx_PyObject_Call(__pyx_t_11, __pyx_t_13, NULL); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 142, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyObject_Call(__pyx_t_11, __pyx_t_13, NULL); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 162, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
     __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-    __pyx_t_13 = __Pyx_PyObject_FormatSimple(__pyx_t_12, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 142, __pyx_L1_error)
+    __pyx_t_13 = __Pyx_PyObject_FormatSimple(__pyx_t_12, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 162, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
     __pyx_t_14[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -8365,7 +8697,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
     __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_14[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_14[3]);
     #endif
     __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_14, 5, __pyx_t_7, __pyx_t_2);
-    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 142, __pyx_L1_error)
+    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 162, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
@@ -8387,14 +8719,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
       __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 141, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 161, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 141, __pyx_L1_error)
+    __PYX_ERR(0, 161, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":139
+    /* "ivshmem/channel/streams.pyx":159
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise ConnectionRefusedError(f"channel {stream.name!r}: no process listens")
  *     if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -8403,7 +8735,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":145
+  /* "ivshmem/channel/streams.pyx":165
  *             " connections"
  *         )
  *     if code:             # <<<<<<<<<<<<<<
@@ -8415,20 +8747,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/streams.pyx":146
+    /* "ivshmem/channel/streams.pyx":166
  *         )
  *     if code:
  *         raise stream.fail(code)             # <<<<<<<<<<<<<<
  *     stream.begin()
  *     membership.flush()
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_stream->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_stream), __pyx_v_code); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 146, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_stream->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_stream), __pyx_v_code); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 166, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 146, __pyx_L1_error)
+    __PYX_ERR(0, 166, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":145
+    /* "ivshmem/channel/streams.pyx":165
  *             " connections"
  *         )
  *     if code:             # <<<<<<<<<<<<<<
@@ -8437,27 +8769,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":147
+  /* "ivshmem/channel/streams.pyx":167
  *     if code:
  *         raise stream.fail(code)
  *     stream.begin()             # <<<<<<<<<<<<<<
  *     membership.flush()
  *     return stream
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(__pyx_v_stream); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 147, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(__pyx_v_stream); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 167, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":148
+  /* "ivshmem/channel/streams.pyx":168
  *         raise stream.fail(code)
  *     stream.begin()
  *     membership.flush()             # <<<<<<<<<<<<<<
  *     return stream
  * 
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->flush(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 148, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->flush(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 168, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":149
+  /* "ivshmem/channel/streams.pyx":169
  *     stream.begin()
  *     membership.flush()
  *     return stream             # <<<<<<<<<<<<<<
@@ -8475,7 +8807,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":124
+  /* "ivshmem/channel/streams.pyx":144
  * 
  * 
  * def connect(channels, Membership membership not None, dict found not None):             # <<<<<<<<<<<<<<
@@ -8503,7 +8835,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":152
+/* "ivshmem/channel/streams.pyx":172
  * 
  * 
  * cdef uint64_t part_of(const ivshmem_channel *channel) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8519,7 +8851,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_7streams_part_of(struct ivshmem_channe
   uint64_t __pyx_t_4;
   int __pyx_t_5;
 
-  /* "ivshmem/channel/streams.pyx":157
+  /* "ivshmem/channel/streams.pyx":177
  *     It works on the first ones while the next ones are copied.
  *     """
  *     return min(max(channel.layout.cell_bytes // 4, LEAST_PART), MOST_PART)             # <<<<<<<<<<<<<<
@@ -8562,7 +8894,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_7streams_part_of(struct ivshmem_channe
 
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":152
+  /* "ivshmem/channel/streams.pyx":172
  * 
  * 
  * cdef uint64_t part_of(const ivshmem_channel *channel) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8575,7 +8907,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_7streams_part_of(struct ivshmem_channe
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":165
+/* "ivshmem/channel/streams.pyx":185
  * 
  * 
  * cdef int look_both(ivshmem_stream *stream) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8591,7 +8923,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/streams.pyx":171
+  /* "ivshmem/channel/streams.pyx":191
  *     """
  *     cdef ivshmem_other_end other
  *     cdef int found = 0             # <<<<<<<<<<<<<<
@@ -8600,7 +8932,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
 */
   __pyx_v_found = 0;
 
-  /* "ivshmem/channel/streams.pyx":172
+  /* "ivshmem/channel/streams.pyx":192
  *     cdef ivshmem_other_end other
  *     cdef int found = 0
  *     cdef int code = ivshmem_stream_look(stream, &other)             # <<<<<<<<<<<<<<
@@ -8609,7 +8941,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
 */
   __pyx_v_code = ivshmem_stream_look(__pyx_v_stream, (&__pyx_v_other));
 
-  /* "ivshmem/channel/streams.pyx":173
+  /* "ivshmem/channel/streams.pyx":193
  *     cdef int found = 0
  *     cdef int code = ivshmem_stream_look(stream, &other)
  *     if code:             # <<<<<<<<<<<<<<
@@ -8621,7 +8953,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":174
+    /* "ivshmem/channel/streams.pyx":194
  *     cdef int code = ivshmem_stream_look(stream, &other)
  *     if code:
  *         return code             # <<<<<<<<<<<<<<
@@ -8634,7 +8966,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/streams.pyx":173
+    /* "ivshmem/channel/streams.pyx":193
  *     cdef int found = 0
  *     cdef int code = ivshmem_stream_look(stream, &other)
  *     if code:             # <<<<<<<<<<<<<<
@@ -8643,7 +8975,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":175
+  /* "ivshmem/channel/streams.pyx":195
  *     if code:
  *         return code
  *     if other.closed or other.receives_no_more:             # <<<<<<<<<<<<<<
@@ -8669,7 +9001,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":176
+    /* "ivshmem/channel/streams.pyx":196
  *         return code
  *     if other.closed or other.receives_no_more:
  *         found |= 1 << ENDED             # <<<<<<<<<<<<<<
@@ -8678,7 +9010,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
 */
     __pyx_v_found = (__pyx_v_found | (1 << __pyx_e_7ivshmem_7channel_7streams_ENDED));
 
-    /* "ivshmem/channel/streams.pyx":175
+    /* "ivshmem/channel/streams.pyx":195
  *     if code:
  *         return code
  *     if other.closed or other.receives_no_more:             # <<<<<<<<<<<<<<
@@ -8687,7 +9019,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":177
+  /* "ivshmem/channel/streams.pyx":197
  *     if other.closed or other.receives_no_more:
  *         found |= 1 << ENDED
  *     if other.closed and not other.sends_no_more:             # <<<<<<<<<<<<<<
@@ -8713,7 +9045,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":178
+    /* "ivshmem/channel/streams.pyx":198
  *         found |= 1 << ENDED
  *     if other.closed and not other.sends_no_more:
  *         found |= 1 << ABORTED             # <<<<<<<<<<<<<<
@@ -8722,7 +9054,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
 */
     __pyx_v_found = (__pyx_v_found | (1 << __pyx_e_7ivshmem_7channel_7streams_ABORTED));
 
-    /* "ivshmem/channel/streams.pyx":177
+    /* "ivshmem/channel/streams.pyx":197
  *     if other.closed or other.receives_no_more:
  *         found |= 1 << ENDED
  *     if other.closed and not other.sends_no_more:             # <<<<<<<<<<<<<<
@@ -8731,7 +9063,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":180
+  /* "ivshmem/channel/streams.pyx":200
  *         found |= 1 << ABORTED
  *     if (
  *         other.closed or other.receives_no_more or stream.sends_no_more             # <<<<<<<<<<<<<<
@@ -8759,7 +9091,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
     goto __pyx_L11_bool_binop_done;
   }
 
-  /* "ivshmem/channel/streams.pyx":181
+  /* "ivshmem/channel/streams.pyx":201
  *     if (
  *         other.closed or other.receives_no_more or stream.sends_no_more
  *         or ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes             # <<<<<<<<<<<<<<
@@ -8783,7 +9115,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
 
   __pyx_L11_bool_binop_done:;
 
-  /* "ivshmem/channel/streams.pyx":179
+  /* "ivshmem/channel/streams.pyx":199
  *     if other.closed and not other.sends_no_more:
  *         found |= 1 << ABORTED
  *     if (             # <<<<<<<<<<<<<<
@@ -8793,7 +9125,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":183
+    /* "ivshmem/channel/streams.pyx":203
  *         or ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes
  *     ):
  *         found |= 1 << SEND             # <<<<<<<<<<<<<<
@@ -8802,7 +9134,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
 */
     __pyx_v_found = (__pyx_v_found | (1 << __pyx_e_7ivshmem_7channel_7streams_SEND));
 
-    /* "ivshmem/channel/streams.pyx":179
+    /* "ivshmem/channel/streams.pyx":199
  *     if other.closed and not other.sends_no_more:
  *         found |= 1 << ABORTED
  *     if (             # <<<<<<<<<<<<<<
@@ -8811,7 +9143,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":185
+  /* "ivshmem/channel/streams.pyx":205
  *         found |= 1 << SEND
  *     if (
  *         other.closed or other.sent != stream.received             # <<<<<<<<<<<<<<
@@ -8829,7 +9161,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
     goto __pyx_L16_bool_binop_done;
   }
 
-  /* "ivshmem/channel/streams.pyx":186
+  /* "ivshmem/channel/streams.pyx":206
  *     if (
  *         other.closed or other.sent != stream.received
  *         or other.sends_no_more or stream.receives_no_more             # <<<<<<<<<<<<<<
@@ -8863,7 +9195,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
 
   __pyx_L16_bool_binop_done:;
 
-  /* "ivshmem/channel/streams.pyx":184
+  /* "ivshmem/channel/streams.pyx":204
  *     ):
  *         found |= 1 << SEND
  *     if (             # <<<<<<<<<<<<<<
@@ -8873,7 +9205,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":188
+    /* "ivshmem/channel/streams.pyx":208
  *         or other.sends_no_more or stream.receives_no_more
  *     ):
  *         found |= 1 << RECEIVE             # <<<<<<<<<<<<<<
@@ -8882,7 +9214,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
 */
     __pyx_v_found = (__pyx_v_found | (1 << __pyx_e_7ivshmem_7channel_7streams_RECEIVE));
 
-    /* "ivshmem/channel/streams.pyx":184
+    /* "ivshmem/channel/streams.pyx":204
  *     ):
  *         found |= 1 << SEND
  *     if (             # <<<<<<<<<<<<<<
@@ -8891,7 +9223,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":189
+  /* "ivshmem/channel/streams.pyx":209
  *     ):
  *         found |= 1 << RECEIVE
  *     return found             # <<<<<<<<<<<<<<
@@ -8904,7 +9236,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":165
+  /* "ivshmem/channel/streams.pyx":185
  * 
  * 
  * cdef int look_both(ivshmem_stream *stream) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8920,7 +9252,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":192
+/* "ivshmem/channel/streams.pyx":212
  * 
  * 
  * cdef int look(ivshmem_stream *stream, int direction) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8936,7 +9268,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
   int __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/channel/streams.pyx":194
+  /* "ivshmem/channel/streams.pyx":214
  * cdef int look(ivshmem_stream *stream, int direction) noexcept nogil:
  *     """0: a call in this direction would not wait; IVSHMEM_AGAIN; or an error."""
  *     cdef int found = look_both(stream)             # <<<<<<<<<<<<<<
@@ -8945,7 +9277,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
 */
   __pyx_v_found = __pyx_f_7ivshmem_7channel_7streams_look_both(__pyx_v_stream);
 
-  /* "ivshmem/channel/streams.pyx":195
+  /* "ivshmem/channel/streams.pyx":215
  *     """0: a call in this direction would not wait; IVSHMEM_AGAIN; or an error."""
  *     cdef int found = look_both(stream)
  *     return found if found < 0 else 0 if found >> direction & 1 else IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -8976,7 +9308,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":192
+  /* "ivshmem/channel/streams.pyx":212
  * 
  * 
  * cdef int look(ivshmem_stream *stream, int direction) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8990,7 +9322,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":198
+/* "ivshmem/channel/streams.pyx":218
  * 
  * 
  * cdef int64_t probe_stream(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -9002,7 +9334,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *__pyx_v_wha
   struct __pyx_t_7ivshmem_7channel_7streams_Probed *__pyx_v_probed;
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":199
+  /* "ivshmem/channel/streams.pyx":219
  * 
  * cdef int64_t probe_stream(void *what) noexcept nogil:
  *     cdef Probed *probed = <Probed *>what             # <<<<<<<<<<<<<<
@@ -9011,7 +9343,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *__pyx_v_wha
 */
   __pyx_v_probed = ((struct __pyx_t_7ivshmem_7channel_7streams_Probed *)__pyx_v_what);
 
-  /* "ivshmem/channel/streams.pyx":200
+  /* "ivshmem/channel/streams.pyx":220
  * cdef int64_t probe_stream(void *what) noexcept nogil:
  *     cdef Probed *probed = <Probed *>what
  *     return look(probed.stream, probed.direction) != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -9024,7 +9356,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *__pyx_v_wha
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":198
+  /* "ivshmem/channel/streams.pyx":218
  * 
  * 
  * cdef int64_t probe_stream(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -9038,7 +9370,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *__pyx_v_wha
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":211
+/* "ivshmem/channel/streams.pyx":231
  *     cdef Probed probed
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
@@ -9049,7 +9381,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *__pyx_v_wha
 static int __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":212
+  /* "ivshmem/channel/streams.pyx":232
  * 
  *     cdef int attempt(self) except? -2:
  *         return look(self.probed.stream, self.probed.direction)             # <<<<<<<<<<<<<<
@@ -9062,7 +9394,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":211
+  /* "ivshmem/channel/streams.pyx":231
  *     cdef Probed probed
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
@@ -9076,7 +9408,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":214
+/* "ivshmem/channel/streams.pyx":234
  *         return look(self.probed.stream, self.probed.direction)
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -9097,7 +9429,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_enter(struct __pyx_obj_7ivsh
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enter", 0);
 
-  /* "ivshmem/channel/streams.pyx":215
+  /* "ivshmem/channel/streams.pyx":235
  * 
  *     cdef int enter(self) except -1:
  *         if self.stream is None:             # <<<<<<<<<<<<<<
@@ -9108,7 +9440,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_enter(struct __pyx_obj_7ivsh
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":216
+    /* "ivshmem/channel/streams.pyx":236
  *     cdef int enter(self) except -1:
  *         if self.stream is None:
  *             raise TypeError("a Half is made by its Stream")             # <<<<<<<<<<<<<<
@@ -9121,14 +9453,14 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_enter(struct __pyx_obj_7ivsh
       PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_a_Half_is_made_by_its_Stream};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 216, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 236, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 216, __pyx_L1_error)
+    __PYX_ERR(0, 236, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":215
+    /* "ivshmem/channel/streams.pyx":235
  * 
  *     cdef int enter(self) except -1:
  *         if self.stream is None:             # <<<<<<<<<<<<<<
@@ -9137,20 +9469,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_enter(struct __pyx_obj_7ivsh
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":217
+  /* "ivshmem/channel/streams.pyx":237
  *         if self.stream is None:
  *             raise TypeError("a Half is made by its Stream")
  *         return self.stream.enter()             # <<<<<<<<<<<<<<
  * 
  *     cdef ChannelEnd sleeper(self):
 */
-  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->stream->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->stream)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 217, __pyx_L1_error)
+  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->stream->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->stream)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 237, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_5;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":214
+  /* "ivshmem/channel/streams.pyx":234
  *         return look(self.probed.stream, self.probed.direction)
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -9170,7 +9502,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_enter(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":219
+/* "ivshmem/channel/streams.pyx":239
  *         return self.stream.enter()
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
@@ -9183,7 +9515,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("sleeper", 0);
 
-  /* "ivshmem/channel/streams.pyx":220
+  /* "ivshmem/channel/streams.pyx":240
  * 
  *     cdef ChannelEnd sleeper(self):
  *         return self.stream             # <<<<<<<<<<<<<<
@@ -9201,7 +9533,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":219
+  /* "ivshmem/channel/streams.pyx":239
  *         return self.stream.enter()
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
@@ -9216,7 +9548,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":222
+/* "ivshmem/channel/streams.pyx":242
  *         return self.stream
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -9231,7 +9563,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep(struct __pyx_obj
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":223
+  /* "ivshmem/channel/streams.pyx":243
  * 
  *     cdef int begin_sleep(self) except? -2:
  *         ivshmem_stream_sleep(self.probed.stream)             # <<<<<<<<<<<<<<
@@ -9240,20 +9572,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep(struct __pyx_obj
 */
   ivshmem_stream_sleep(__pyx_v_self->probed.stream);
 
-  /* "ivshmem/channel/streams.pyx":224
+  /* "ivshmem/channel/streams.pyx":244
  *     cdef int begin_sleep(self) except? -2:
  *         ivshmem_stream_sleep(self.probed.stream)
  *         return self.attempt()             # <<<<<<<<<<<<<<
  * 
  *     cdef void end_sleep(self) noexcept:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 224, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 244, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":222
+  /* "ivshmem/channel/streams.pyx":242
  *         return self.stream
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -9270,7 +9602,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":226
+/* "ivshmem/channel/streams.pyx":246
  *         return self.attempt()
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -9280,7 +9612,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep(struct __pyx_obj
 
 static void __pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self) {
 
-  /* "ivshmem/channel/streams.pyx":227
+  /* "ivshmem/channel/streams.pyx":247
  * 
  *     cdef void end_sleep(self) noexcept:
  *         self.stream.end_sleep()             # <<<<<<<<<<<<<<
@@ -9289,7 +9621,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep(struct __pyx_obj_
 */
   __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(__pyx_v_self->stream);
 
-  /* "ivshmem/channel/streams.pyx":226
+  /* "ivshmem/channel/streams.pyx":246
  *         return self.attempt()
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -9301,7 +9633,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep(struct __pyx_obj_
 
 }
 
-/* "ivshmem/channel/streams.pyx":229
+/* "ivshmem/channel/streams.pyx":249
  *         self.stream.end_sleep()
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -9312,7 +9644,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep(struct __pyx_obj_
 static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":230
+  /* "ivshmem/channel/streams.pyx":250
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.probed             # <<<<<<<<<<<<<<
@@ -9321,7 +9653,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7
 */
   (__pyx_v_what[0]) = (&__pyx_v_self->probed);
 
-  /* "ivshmem/channel/streams.pyx":231
+  /* "ivshmem/channel/streams.pyx":251
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.probed
  *         probe[0] = probe_stream             # <<<<<<<<<<<<<<
@@ -9330,7 +9662,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7
 */
   (__pyx_v_probe[0]) = __pyx_f_7ivshmem_7channel_7streams_probe_stream;
 
-  /* "ivshmem/channel/streams.pyx":232
+  /* "ivshmem/channel/streams.pyx":252
  *         what[0] = &self.probed
  *         probe[0] = probe_stream
  *         return 1             # <<<<<<<<<<<<<<
@@ -9343,7 +9675,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":229
+  /* "ivshmem/channel/streams.pyx":249
  *         self.stream.end_sleep()
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -9563,7 +9895,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half_2__setstate_cython__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":243
+/* "ivshmem/channel/streams.pyx":263
  *     """
  * 
  *     cdef int take_over(self, StreamListener listener) except -1:             # <<<<<<<<<<<<<<
@@ -9578,7 +9910,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   struct ivshmem_channel __pyx_t_2;
   __Pyx_RefNannySetupContext("take_over", 0);
 
-  /* "ivshmem/channel/streams.pyx":244
+  /* "ivshmem/channel/streams.pyx":264
  * 
  *     cdef int take_over(self, StreamListener listener) except -1:
  *         self.channels = listener.channels             # <<<<<<<<<<<<<<
@@ -9592,7 +9924,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   __Pyx_DECREF_SET(__pyx_v_self->__pyx_base.channels, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":245
+  /* "ivshmem/channel/streams.pyx":265
  *     cdef int take_over(self, StreamListener listener) except -1:
  *         self.channels = listener.channels
  *         self.membership = listener.membership             # <<<<<<<<<<<<<<
@@ -9606,7 +9938,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   __Pyx_DECREF_SET(__pyx_v_self->__pyx_base.membership, ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":246
+  /* "ivshmem/channel/streams.pyx":266
  *         self.channels = listener.channels
  *         self.membership = listener.membership
  *         self.name = listener.name             # <<<<<<<<<<<<<<
@@ -9620,7 +9952,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   __Pyx_DECREF_SET(__pyx_v_self->__pyx_base.name, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":247
+  /* "ivshmem/channel/streams.pyx":267
  *         self.membership = listener.membership
  *         self.name = listener.name
  *         self.channel = listener.channel             # <<<<<<<<<<<<<<
@@ -9631,7 +9963,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
 
   __pyx_v_self->__pyx_base.channel = __pyx_t_2;
 
-  /* "ivshmem/channel/streams.pyx":248
+  /* "ivshmem/channel/streams.pyx":268
  *         self.name = listener.name
  *         self.channel = listener.channel
  *         return 0             # <<<<<<<<<<<<<<
@@ -9644,7 +9976,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":243
+  /* "ivshmem/channel/streams.pyx":263
  *     """
  * 
  *     cdef int take_over(self, StreamListener listener) except -1:             # <<<<<<<<<<<<<<
@@ -9659,7 +9991,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":250
+/* "ivshmem/channel/streams.pyx":270
  *         return 0
  * 
  *     cdef int begin(self) except -1:             # <<<<<<<<<<<<<<
@@ -9674,7 +10006,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(struct __pyx_obj_7iv
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":251
+  /* "ivshmem/channel/streams.pyx":271
  * 
  *     cdef int begin(self) except -1:
  *         self.stream.channel = &self.channel             # <<<<<<<<<<<<<<
@@ -9683,20 +10015,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(struct __pyx_obj_7iv
 */
   __pyx_v_self->stream.channel = (&__pyx_v_self->__pyx_base.channel);
 
-  /* "ivshmem/channel/streams.pyx":252
+  /* "ivshmem/channel/streams.pyx":272
  *     cdef int begin(self) except -1:
  *         self.stream.channel = &self.channel
  *         return self.enlist()             # <<<<<<<<<<<<<<
  * 
  *     cdef ChannelEnd half(self, int direction):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 252, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 272, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":250
+  /* "ivshmem/channel/streams.pyx":270
  *         return 0
  * 
  *     cdef int begin(self) except -1:             # <<<<<<<<<<<<<<
@@ -9713,7 +10045,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":254
+/* "ivshmem/channel/streams.pyx":274
  *         return self.enlist()
  * 
  *     cdef ChannelEnd half(self, int direction):             # <<<<<<<<<<<<<<
@@ -9731,19 +10063,19 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("half", 0);
 
-  /* "ivshmem/channel/streams.pyx":255
+  /* "ivshmem/channel/streams.pyx":275
  * 
  *     cdef ChannelEnd half(self, int direction):
  *         cdef Half half = Half.__new__(Half)             # <<<<<<<<<<<<<<
  *         half.stream = self
  *         half.membership = self.membership
 */
-  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Half(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Half), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 255, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Half(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Half), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 275, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_half = ((struct __pyx_obj_7ivshmem_7channel_7streams_Half *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":256
+  /* "ivshmem/channel/streams.pyx":276
  *     cdef ChannelEnd half(self, int direction):
  *         cdef Half half = Half.__new__(Half)
  *         half.stream = self             # <<<<<<<<<<<<<<
@@ -9755,7 +10087,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   __Pyx_GOTREF((PyObject *)__pyx_v_half->stream);
   __Pyx_DECREF_SET(__pyx_v_half->stream, __pyx_v_self);
 
-  /* "ivshmem/channel/streams.pyx":257
+  /* "ivshmem/channel/streams.pyx":277
  *         cdef Half half = Half.__new__(Half)
  *         half.stream = self
  *         half.membership = self.membership             # <<<<<<<<<<<<<<
@@ -9769,7 +10101,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   __Pyx_DECREF_SET(__pyx_v_half->__pyx_base.membership, ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":258
+  /* "ivshmem/channel/streams.pyx":278
  *         half.stream = self
  *         half.membership = self.membership
  *         half.name = self.name             # <<<<<<<<<<<<<<
@@ -9783,7 +10115,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   __Pyx_DECREF_SET(__pyx_v_half->__pyx_base.name, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":259
+  /* "ivshmem/channel/streams.pyx":279
  *         half.membership = self.membership
  *         half.name = self.name
  *         half.probed.stream = &self.stream             # <<<<<<<<<<<<<<
@@ -9792,7 +10124,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
 */
   __pyx_v_half->probed.stream = (&__pyx_v_self->stream);
 
-  /* "ivshmem/channel/streams.pyx":260
+  /* "ivshmem/channel/streams.pyx":280
  *         half.name = self.name
  *         half.probed.stream = &self.stream
  *         half.probed.direction = direction             # <<<<<<<<<<<<<<
@@ -9801,7 +10133,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
 */
   __pyx_v_half->probed.direction = __pyx_v_direction;
 
-  /* "ivshmem/channel/streams.pyx":261
+  /* "ivshmem/channel/streams.pyx":281
  *         half.probed.stream = &self.stream
  *         half.probed.direction = direction
  *         return half             # <<<<<<<<<<<<<<
@@ -9819,7 +10151,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":254
+  /* "ivshmem/channel/streams.pyx":274
  *         return self.enlist()
  * 
  *     cdef ChannelEnd half(self, int direction):             # <<<<<<<<<<<<<<
@@ -9839,7 +10171,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":263
+/* "ivshmem/channel/streams.pyx":283
  *         return half
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
@@ -9850,7 +10182,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":264
+  /* "ivshmem/channel/streams.pyx":284
  * 
  *     cdef int attempt(self) except? -2:
  *         return look(&self.stream, RECEIVE)             # <<<<<<<<<<<<<<
@@ -9863,7 +10195,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":263
+  /* "ivshmem/channel/streams.pyx":283
  *         return half
  * 
  *     cdef int attempt(self) except? -2:             # <<<<<<<<<<<<<<
@@ -9877,7 +10209,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":266
+/* "ivshmem/channel/streams.pyx":286
  *         return look(&self.stream, RECEIVE)
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -9888,7 +10220,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":267
+  /* "ivshmem/channel/streams.pyx":287
  * 
  *     cdef int begin_sleep(self) except? -2:
  *         ivshmem_stream_sleep(&self.stream)             # <<<<<<<<<<<<<<
@@ -9897,7 +10229,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
 */
   ivshmem_stream_sleep((&__pyx_v_self->stream));
 
-  /* "ivshmem/channel/streams.pyx":268
+  /* "ivshmem/channel/streams.pyx":288
  *     cdef int begin_sleep(self) except? -2:
  *         ivshmem_stream_sleep(&self.stream)
  *         return look(&self.stream, RECEIVE)             # <<<<<<<<<<<<<<
@@ -9910,7 +10242,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":266
+  /* "ivshmem/channel/streams.pyx":286
  *         return look(&self.stream, RECEIVE)
  * 
  *     cdef int begin_sleep(self) except? -2:             # <<<<<<<<<<<<<<
@@ -9924,7 +10256,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":270
+/* "ivshmem/channel/streams.pyx":290
  *         return look(&self.stream, RECEIVE)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -9934,7 +10266,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
 
 static void __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
 
-  /* "ivshmem/channel/streams.pyx":271
+  /* "ivshmem/channel/streams.pyx":291
  * 
  *     cdef void end_sleep(self) noexcept:
  *         ivshmem_sleep_end(&self.channel, &self.stream.sleep)             # <<<<<<<<<<<<<<
@@ -9943,7 +10275,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(struct __pyx_ob
 */
   ivshmem_sleep_end((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->stream.sleep));
 
-  /* "ivshmem/channel/streams.pyx":270
+  /* "ivshmem/channel/streams.pyx":290
  *         return look(&self.stream, RECEIVE)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -9955,7 +10287,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(struct __pyx_ob
 
 }
 
-/* "ivshmem/channel/streams.pyx":273
+/* "ivshmem/channel/streams.pyx":293
  *         ivshmem_sleep_end(&self.channel, &self.stream.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -9972,7 +10304,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":274
+  /* "ivshmem/channel/streams.pyx":294
  * 
  *     cdef int restore(self) except -1:
  *         ivshmem_stream_beat(&self.stream)             # <<<<<<<<<<<<<<
@@ -9981,7 +10313,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
 */
   ivshmem_stream_beat((&__pyx_v_self->stream));
 
-  /* "ivshmem/channel/streams.pyx":275
+  /* "ivshmem/channel/streams.pyx":295
  *     cdef int restore(self) except -1:
  *         ivshmem_stream_beat(&self.stream)
  *         if self.awaited and (             # <<<<<<<<<<<<<<
@@ -9999,7 +10331,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
     goto __pyx_L4_bool_binop_done;
   }
 
-  /* "ivshmem/channel/streams.pyx":276
+  /* "ivshmem/channel/streams.pyx":296
  *         ivshmem_stream_beat(&self.stream)
  *         if self.awaited and (
  *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -10017,7 +10349,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
     goto __pyx_L4_bool_binop_done;
   }
 
-  /* "ivshmem/channel/streams.pyx":277
+  /* "ivshmem/channel/streams.pyx":297
  *         if self.awaited and (
  *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN
  *             or look(&self.stream, SEND) != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -10031,7 +10363,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
 
   __pyx_L4_bool_binop_done:;
 
-  /* "ivshmem/channel/streams.pyx":275
+  /* "ivshmem/channel/streams.pyx":295
  *     cdef int restore(self) except -1:
  *         ivshmem_stream_beat(&self.stream)
  *         if self.awaited and (             # <<<<<<<<<<<<<<
@@ -10041,17 +10373,17 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":279
+    /* "ivshmem/channel/streams.pyx":299
  *             or look(&self.stream, SEND) != IVSHMEM_AGAIN
  *         ):
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 279, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 299, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":275
+    /* "ivshmem/channel/streams.pyx":295
  *     cdef int restore(self) except -1:
  *         ivshmem_stream_beat(&self.stream)
  *         if self.awaited and (             # <<<<<<<<<<<<<<
@@ -10060,7 +10392,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":280
+  /* "ivshmem/channel/streams.pyx":300
  *         ):
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -10073,7 +10405,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":273
+  /* "ivshmem/channel/streams.pyx":293
  *         ivshmem_sleep_end(&self.channel, &self.stream.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -10090,7 +10422,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":282
+/* "ivshmem/channel/streams.pyx":302
  *         return 0
  * 
  *     cdef int arm(self) except? -2:             # <<<<<<<<<<<<<<
@@ -10107,27 +10439,27 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_arm(struct __pyx_obj_7ivsh
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":289
+  /* "ivshmem/channel/streams.pyx":309
  *         """
  *         cdef int found
  *         self.check_there()             # <<<<<<<<<<<<<<
  *         self.wakeup.clear()
  *         ivshmem_stream_sleep(&self.stream)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.check_there(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 289, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.check_there(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 309, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":290
+  /* "ivshmem/channel/streams.pyx":310
  *         cdef int found
  *         self.check_there()
  *         self.wakeup.clear()             # <<<<<<<<<<<<<<
  *         ivshmem_stream_sleep(&self.stream)
  *         self.membership.flush()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self->__pyx_base.wakeup->__pyx_vtab)->clear(__pyx_v_self->__pyx_base.wakeup); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 290, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self->__pyx_base.wakeup->__pyx_vtab)->clear(__pyx_v_self->__pyx_base.wakeup); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 310, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":291
+  /* "ivshmem/channel/streams.pyx":311
  *         self.check_there()
  *         self.wakeup.clear()
  *         ivshmem_stream_sleep(&self.stream)             # <<<<<<<<<<<<<<
@@ -10136,17 +10468,17 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_arm(struct __pyx_obj_7ivsh
 */
   ivshmem_stream_sleep((&__pyx_v_self->stream));
 
-  /* "ivshmem/channel/streams.pyx":292
+  /* "ivshmem/channel/streams.pyx":312
  *         self.wakeup.clear()
  *         ivshmem_stream_sleep(&self.stream)
  *         self.membership.flush()             # <<<<<<<<<<<<<<
  *         found = look_both(&self.stream)
  *         if found < 0:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 292, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 312, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":293
+  /* "ivshmem/channel/streams.pyx":313
  *         ivshmem_stream_sleep(&self.stream)
  *         self.membership.flush()
  *         found = look_both(&self.stream)             # <<<<<<<<<<<<<<
@@ -10155,7 +10487,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_arm(struct __pyx_obj_7ivsh
 */
   __pyx_v_found = __pyx_f_7ivshmem_7channel_7streams_look_both((&__pyx_v_self->stream));
 
-  /* "ivshmem/channel/streams.pyx":294
+  /* "ivshmem/channel/streams.pyx":314
  *         self.membership.flush()
  *         found = look_both(&self.stream)
  *         if found < 0:             # <<<<<<<<<<<<<<
@@ -10167,7 +10499,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_arm(struct __pyx_obj_7ivsh
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":295
+    /* "ivshmem/channel/streams.pyx":315
  *         found = look_both(&self.stream)
  *         if found < 0:
  *             return found             # <<<<<<<<<<<<<<
@@ -10180,7 +10512,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_arm(struct __pyx_obj_7ivsh
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/streams.pyx":294
+    /* "ivshmem/channel/streams.pyx":314
  *         self.membership.flush()
  *         found = look_both(&self.stream)
  *         if found < 0:             # <<<<<<<<<<<<<<
@@ -10189,7 +10521,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_arm(struct __pyx_obj_7ivsh
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":296
+  /* "ivshmem/channel/streams.pyx":316
  *         if found < 0:
  *             return found
  *         found &= self.tried             # <<<<<<<<<<<<<<
@@ -10198,7 +10530,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_arm(struct __pyx_obj_7ivsh
 */
   __pyx_v_found = (__pyx_v_found & __pyx_v_self->tried);
 
-  /* "ivshmem/channel/streams.pyx":297
+  /* "ivshmem/channel/streams.pyx":317
  *             return found
  *         found &= self.tried
  *         self.tried &= ~found             # <<<<<<<<<<<<<<
@@ -10207,7 +10539,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_arm(struct __pyx_obj_7ivsh
 */
   __pyx_v_self->tried = (__pyx_v_self->tried & (~__pyx_v_found));
 
-  /* "ivshmem/channel/streams.pyx":298
+  /* "ivshmem/channel/streams.pyx":318
  *         found &= self.tried
  *         self.tried &= ~found
  *         return 0 if found else IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -10229,7 +10561,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_arm(struct __pyx_obj_7ivsh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":282
+  /* "ivshmem/channel/streams.pyx":302
  *         return 0
  * 
  *     cdef int arm(self) except? -2:             # <<<<<<<<<<<<<<
@@ -10247,7 +10579,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_arm(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":300
+/* "ivshmem/channel/streams.pyx":320
  *         return 0 if found else IVSHMEM_AGAIN
  * 
  *     cdef int begin_watch(self) except -1:             # <<<<<<<<<<<<<<
@@ -10262,7 +10594,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_watch(struct __pyx_o
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":301
+  /* "ivshmem/channel/streams.pyx":321
  * 
  *     cdef int begin_watch(self) except -1:
  *         self.tried |= 1 << RECEIVE             # <<<<<<<<<<<<<<
@@ -10271,20 +10603,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_watch(struct __pyx_o
 */
   __pyx_v_self->tried = (__pyx_v_self->tried | (1 << __pyx_e_7ivshmem_7channel_7streams_RECEIVE));
 
-  /* "ivshmem/channel/streams.pyx":302
+  /* "ivshmem/channel/streams.pyx":322
  *     cdef int begin_watch(self) except -1:
  *         self.tried |= 1 << RECEIVE
  *         return ChannelEnd.begin_watch(self)             # <<<<<<<<<<<<<<
  * 
  *     cdef int give_up(self) except -1:
 */
-  __pyx_t_1 = __pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd->begin_watch(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 302, __pyx_L1_error)
+  __pyx_t_1 = __pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd->begin_watch(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 322, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":300
+  /* "ivshmem/channel/streams.pyx":320
  *         return 0 if found else IVSHMEM_AGAIN
  * 
  *     cdef int begin_watch(self) except -1:             # <<<<<<<<<<<<<<
@@ -10301,7 +10633,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_watch(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":304
+/* "ivshmem/channel/streams.pyx":324
  *         return ChannelEnd.begin_watch(self)
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -10312,7 +10644,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_watch(struct __pyx_o
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":305
+  /* "ivshmem/channel/streams.pyx":325
  * 
  *     cdef int give_up(self) except -1:
  *         if self.aborting:             # <<<<<<<<<<<<<<
@@ -10321,7 +10653,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
 */
   if (__pyx_v_self->aborting) {
 
-    /* "ivshmem/channel/streams.pyx":306
+    /* "ivshmem/channel/streams.pyx":326
  *     cdef int give_up(self) except -1:
  *         if self.aborting:
  *             ivshmem_stream_abort(&self.stream)             # <<<<<<<<<<<<<<
@@ -10330,7 +10662,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
 */
     ivshmem_stream_abort((&__pyx_v_self->stream));
 
-    /* "ivshmem/channel/streams.pyx":305
+    /* "ivshmem/channel/streams.pyx":325
  * 
  *     cdef int give_up(self) except -1:
  *         if self.aborting:             # <<<<<<<<<<<<<<
@@ -10340,7 +10672,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/streams.pyx":308
+  /* "ivshmem/channel/streams.pyx":328
  *             ivshmem_stream_abort(&self.stream)
  *         else:
  *             ivshmem_stream_close(&self.stream)             # <<<<<<<<<<<<<<
@@ -10352,7 +10684,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/streams.pyx":309
+  /* "ivshmem/channel/streams.pyx":329
  *         else:
  *             ivshmem_stream_close(&self.stream)
  *         return 0             # <<<<<<<<<<<<<<
@@ -10365,7 +10697,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":304
+  /* "ivshmem/channel/streams.pyx":324
  *         return ChannelEnd.begin_watch(self)
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -10379,7 +10711,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":311
+/* "ivshmem/channel/streams.pyx":331
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10448,7 +10780,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_abort(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":319
+        /* "ivshmem/channel/streams.pyx":339
  *         be called twice, and after `close`.
  *         """
  *         self.aborting = True             # <<<<<<<<<<<<<<
@@ -10457,7 +10789,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_abort(struct __pyx_
 */
         __pyx_v_self->aborting = 1;
 
-        /* "ivshmem/channel/streams.pyx":320
+        /* "ivshmem/channel/streams.pyx":340
  *         """
  *         self.aborting = True
  *         self.close()             # <<<<<<<<<<<<<<
@@ -10471,13 +10803,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_abort(struct __pyx_
           PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
           __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 320, __pyx_L4_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 340, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       }
 
-      /* "ivshmem/channel/streams.pyx":311
+      /* "ivshmem/channel/streams.pyx":331
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10513,7 +10845,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_abort(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":324
+/* "ivshmem/channel/streams.pyx":344
  *     # As a socket.
  * 
  *     def settimeout(self, timeout):             # <<<<<<<<<<<<<<
@@ -10561,32 +10893,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 324, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 344, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 324, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 344, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "settimeout", 0) < (0)) __PYX_ERR(0, 324, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "settimeout", 0) < (0)) __PYX_ERR(0, 344, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, i); __PYX_ERR(0, 324, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, i); __PYX_ERR(0, 344, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 324, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 344, __pyx_L3_error)
     }
     __pyx_v_timeout = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 324, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 344, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10625,7 +10957,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("settimeout", 0);
 
-  /* "ivshmem/channel/streams.pyx":326
+  /* "ivshmem/channel/streams.pyx":346
  *     def settimeout(self, timeout):
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:             # <<<<<<<<<<<<<<
@@ -10642,7 +10974,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
     goto __pyx_L4_bool_binop_done;
   }
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_seconds_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 326, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_seconds_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 346, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -10661,10 +10993,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
     __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 326, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 346, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
-  __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_3, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 326, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_3, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 346, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   __pyx_t_1 = __pyx_t_2;
@@ -10673,7 +11005,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":327
+    /* "ivshmem/channel/streams.pyx":347
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:
  *             raise ValueError(f"timeout {timeout!r}: 0 or more seconds, or None")             # <<<<<<<<<<<<<<
@@ -10681,7 +11013,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
  * 
 */
     __pyx_t_5 = NULL;
-    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_timeout), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 327, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_timeout), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 347, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_timeout_2;
     __pyx_t_7[1] = __pyx_t_4;
@@ -10695,7 +11027,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 327, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 347, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_6 = 1;
@@ -10704,14 +11036,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 327, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 347, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 327, __pyx_L1_error)
+    __PYX_ERR(0, 347, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":326
+    /* "ivshmem/channel/streams.pyx":346
  *     def settimeout(self, timeout):
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:             # <<<<<<<<<<<<<<
@@ -10720,7 +11052,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":328
+  /* "ivshmem/channel/streams.pyx":348
  *         if timeout is not None and seconds_of(timeout) < 0:
  *             raise ValueError(f"timeout {timeout!r}: 0 or more seconds, or None")
  *         self.timeout = timeout             # <<<<<<<<<<<<<<
@@ -10732,7 +11064,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
   __Pyx_GOTREF(__pyx_v_self->timeout);
   __Pyx_DECREF_SET(__pyx_v_self->timeout, __pyx_v_timeout);
 
-  /* "ivshmem/channel/streams.pyx":324
+  /* "ivshmem/channel/streams.pyx":344
  *     # As a socket.
  * 
  *     def settimeout(self, timeout):             # <<<<<<<<<<<<<<
@@ -10756,7 +11088,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":330
+/* "ivshmem/channel/streams.pyx":350
  *         self.timeout = timeout
  * 
  *     def gettimeout(self):             # <<<<<<<<<<<<<<
@@ -10812,7 +11144,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4gettimeout(struct 
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("gettimeout", 0);
 
-  /* "ivshmem/channel/streams.pyx":332
+  /* "ivshmem/channel/streams.pyx":352
  *     def gettimeout(self):
  *         """Return what `settimeout` set; None: no limit."""
  *         return self.timeout             # <<<<<<<<<<<<<<
@@ -10830,7 +11162,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4gettimeout(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":330
+  /* "ivshmem/channel/streams.pyx":350
  *         self.timeout = timeout
  * 
  *     def gettimeout(self):             # <<<<<<<<<<<<<<
@@ -10845,7 +11177,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4gettimeout(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":334
+/* "ivshmem/channel/streams.pyx":354
  *         return self.timeout
  * 
  *     def setblocking(self, flag):             # <<<<<<<<<<<<<<
@@ -10893,32 +11225,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_flag,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 334, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 354, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 334, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 354, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "setblocking", 0) < (0)) __PYX_ERR(0, 334, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "setblocking", 0) < (0)) __PYX_ERR(0, 354, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, i); __PYX_ERR(0, 334, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, i); __PYX_ERR(0, 354, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 334, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 354, __pyx_L3_error)
     }
     __pyx_v_flag = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 334, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 354, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10949,14 +11281,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6setblocking(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("setblocking", 0);
 
-  /* "ivshmem/channel/streams.pyx":336
+  /* "ivshmem/channel/streams.pyx":356
  *     def setblocking(self, flag):
  *         """True: as settimeout(None); False: as settimeout(0)."""
  *         self.timeout = None if flag else 0             # <<<<<<<<<<<<<<
  * 
  *     cdef int await_half(self, int direction, object timeout, object deadline) except -1:
 */
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_flag); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 336, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_flag); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 356, __pyx_L1_error)
   if (__pyx_t_2) {
     __Pyx_INCREF(Py_None);
     __pyx_t_1 = Py_None;
@@ -10970,7 +11302,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6setblocking(struct
   __Pyx_DECREF_SET(__pyx_v_self->timeout, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":334
+  /* "ivshmem/channel/streams.pyx":354
  *         return self.timeout
  * 
  *     def setblocking(self, flag):             # <<<<<<<<<<<<<<
@@ -10991,7 +11323,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6setblocking(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":338
+/* "ivshmem/channel/streams.pyx":358
  *         self.timeout = None if flag else 0
  * 
  *     cdef int await_half(self, int direction, object timeout, object deadline) except -1:             # <<<<<<<<<<<<<<
@@ -11023,7 +11355,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("await_half", 0);
 
-  /* "ivshmem/channel/streams.pyx":341
+  /* "ivshmem/channel/streams.pyx":361
  *         cdef int code
  *         cdef ChannelEnd half
  *         if timeout is not None and timeout == 0:             # <<<<<<<<<<<<<<
@@ -11039,7 +11371,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_2 = (__Pyx_PyLong_BoolEqObjC(__pyx_v_timeout, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 341, __pyx_L1_error)
+  __pyx_t_2 = (__Pyx_PyLong_BoolEqObjC(__pyx_v_timeout, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 361, __pyx_L1_error)
 
   __pyx_t_1 = __pyx_t_2;
 
@@ -11047,7 +11379,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":342
+    /* "ivshmem/channel/streams.pyx":362
  *         cdef ChannelEnd half
  *         if timeout is not None and timeout == 0:
  *             if self.watched and self.arm() != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -11060,7 +11392,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
       __pyx_t_1 = __pyx_v_self->__pyx_base.watched;
       goto __pyx_L7_bool_binop_done;
     }
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_arm(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 342, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_arm(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 362, __pyx_L1_error)
     __pyx_t_2 = (__pyx_t_3 != IVSHMEM_AGAIN);
 
 
@@ -11071,17 +11403,17 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/streams.pyx":343
+      /* "ivshmem/channel/streams.pyx":363
  *         if timeout is not None and timeout == 0:
  *             if self.watched and self.arm() != IVSHMEM_AGAIN:
  *                 self.membership.kick_all()             # <<<<<<<<<<<<<<
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
  *         left = None if deadline is None else max(deadline - monotonic(), 0)
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 343, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 363, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":342
+      /* "ivshmem/channel/streams.pyx":362
  *         cdef ChannelEnd half
  *         if timeout is not None and timeout == 0:
  *             if self.watched and self.arm() != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -11090,7 +11422,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":344
+    /* "ivshmem/channel/streams.pyx":364
  *             if self.watched and self.arm() != IVSHMEM_AGAIN:
  *                 self.membership.kick_all()
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")             # <<<<<<<<<<<<<<
@@ -11098,7 +11430,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
  *         half = self.half(direction)
 */
     __pyx_t_5 = NULL;
-    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 344, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 364, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
     __pyx_t_7[1] = __pyx_t_6;
@@ -11112,7 +11444,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
     __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
     #endif
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_3);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 344, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 364, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_t_10 = 1;
@@ -11121,14 +11453,14 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BlockingIOError)), __pyx_callargs+__pyx_t_10, (3-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 344, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 364, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 344, __pyx_L1_error)
+    __PYX_ERR(0, 364, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":341
+    /* "ivshmem/channel/streams.pyx":361
  *         cdef int code
  *         cdef ChannelEnd half
  *         if timeout is not None and timeout == 0:             # <<<<<<<<<<<<<<
@@ -11137,7 +11469,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":345
+  /* "ivshmem/channel/streams.pyx":365
  *                 self.membership.kick_all()
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
  *         left = None if deadline is None else max(deadline - monotonic(), 0)             # <<<<<<<<<<<<<<
@@ -11152,7 +11484,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 
     __pyx_t_11 = 0;
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 345, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 365, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_10 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -11171,18 +11503,18 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
       __pyx_t_9 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_10, (1-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 345, __pyx_L1_error)
+      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 365, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_9);
     }
-    __pyx_t_6 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_deadline, __pyx_t_9); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 345, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_deadline, __pyx_t_9); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 365, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-    __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 345, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 365, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_2 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_5, __pyx_t_6, Py_GT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 345, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_5, __pyx_t_6, Py_GT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 365, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     if (__pyx_t_2) {
-      __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 345, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 365, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __pyx_t_9 = __pyx_t_5;
       __pyx_t_5 = 0;
@@ -11200,29 +11532,29 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   __pyx_v_left = __pyx_t_4;
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":346
+  /* "ivshmem/channel/streams.pyx":366
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
  *         left = None if deadline is None else max(deadline - monotonic(), 0)
  *         half = self.half(direction)             # <<<<<<<<<<<<<<
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:
 */
-  __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_v_direction)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 346, __pyx_L1_error)
+  __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_v_direction)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 366, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_v_half = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_4);
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":347
+  /* "ivshmem/channel/streams.pyx":367
  *         left = None if deadline is None else max(deadline - monotonic(), 0)
  *         half = self.half(direction)
  *         code = half.wait(left, None)             # <<<<<<<<<<<<<<
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_half->__pyx_base.__pyx_vtab)->wait(__pyx_v_half, __pyx_v_left, Py_None); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 347, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_half->__pyx_base.__pyx_vtab)->wait(__pyx_v_half, __pyx_v_left, Py_None); if (unlikely(__pyx_t_3 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 367, __pyx_L1_error)
   __pyx_v_code = __pyx_t_3;
 
-  /* "ivshmem/channel/streams.pyx":348
+  /* "ivshmem/channel/streams.pyx":368
  *         half = self.half(direction)
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -11234,7 +11566,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":349
+    /* "ivshmem/channel/streams.pyx":369
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")             # <<<<<<<<<<<<<<
@@ -11242,9 +11574,9 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
  *             raise self.fail(code)
 */
     __pyx_t_9 = NULL;
-    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 349, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 369, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_5 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 349, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 369, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
     __pyx_t_12[1] = __pyx_t_6;
@@ -11260,7 +11592,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
     __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[3]);
     #endif
     __pyx_t_13 = __Pyx_PyUnicode_Join(__pyx_t_12, 5, __pyx_t_8, __pyx_t_3);
-    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 349, __pyx_L1_error)
+    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 369, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -11270,14 +11602,14 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 349, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 369, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 349, __pyx_L1_error)
+    __PYX_ERR(0, 369, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":348
+    /* "ivshmem/channel/streams.pyx":368
  *         half = self.half(direction)
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -11286,7 +11618,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":350
+  /* "ivshmem/channel/streams.pyx":370
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
  *         if code:             # <<<<<<<<<<<<<<
@@ -11298,20 +11630,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":351
+    /* "ivshmem/channel/streams.pyx":371
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 351, __pyx_L1_error)
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 371, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 351, __pyx_L1_error)
+    __PYX_ERR(0, 371, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":350
+    /* "ivshmem/channel/streams.pyx":370
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
  *         if code:             # <<<<<<<<<<<<<<
@@ -11320,7 +11652,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":352
+  /* "ivshmem/channel/streams.pyx":372
  *         if code:
  *             raise self.fail(code)
  *         return 0             # <<<<<<<<<<<<<<
@@ -11333,7 +11665,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":338
+  /* "ivshmem/channel/streams.pyx":358
  *         self.timeout = None if flag else 0
  * 
  *     cdef int await_half(self, int direction, object timeout, object deadline) except -1:             # <<<<<<<<<<<<<<
@@ -11359,7 +11691,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":354
+/* "ivshmem/channel/streams.pyx":374
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11407,32 +11739,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 354, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 374, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 354, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 374, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send", 0) < (0)) __PYX_ERR(0, 354, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send", 0) < (0)) __PYX_ERR(0, 374, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, i); __PYX_ERR(0, 354, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, i); __PYX_ERR(0, 374, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 354, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 374, __pyx_L3_error)
     }
     __pyx_v_data = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 354, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 374, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11485,17 +11817,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":365
+        /* "ivshmem/channel/streams.pyx":385
  *         """
  *         cdef Py_buffer view
  *         take_buffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
  *             if view.len == 0:
 */
-        __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_buffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 365, __pyx_L4_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_buffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 385, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":366
+        /* "ivshmem/channel/streams.pyx":386
  *         cdef Py_buffer view
  *         take_buffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -11504,7 +11836,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":367
+          /* "ivshmem/channel/streams.pyx":387
  *         take_buffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             if view.len == 0:             # <<<<<<<<<<<<<<
@@ -11516,7 +11848,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/streams.pyx":368
+            /* "ivshmem/channel/streams.pyx":388
  *         try:
  *             if view.len == 0:
  *                 return 0             # <<<<<<<<<<<<<<
@@ -11535,7 +11867,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L6_return;
 
-            /* "ivshmem/channel/streams.pyx":367
+            /* "ivshmem/channel/streams.pyx":387
  *         take_buffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             if view.len == 0:             # <<<<<<<<<<<<<<
@@ -11544,7 +11876,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
 */
           }
 
-          /* "ivshmem/channel/streams.pyx":369
+          /* "ivshmem/channel/streams.pyx":389
  *             if view.len == 0:
  *                 return 0
  *             timeout = self.timeout             # <<<<<<<<<<<<<<
@@ -11556,7 +11888,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
           __pyx_v_timeout = __pyx_t_4;
           __pyx_t_4 = 0;
 
-          /* "ivshmem/channel/streams.pyx":370
+          /* "ivshmem/channel/streams.pyx":390
  *                 return 0
  *             timeout = self.timeout
  *             return self.push(<const char *>view.buf, view.len, timeout, deadline_of(timeout))             # <<<<<<<<<<<<<<
@@ -11564,7 +11896,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
  *             PyBuffer_Release(&view)
 */
           __pyx_t_5 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 370, __pyx_L7_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 390, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_6);
           __pyx_t_7 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -11583,12 +11915,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 370, __pyx_L7_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 390, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
-          __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_v_timeout, __pyx_t_4); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 370, __pyx_L7_error)
+          __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_v_timeout, __pyx_t_4); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 390, __pyx_L7_error)
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 370, __pyx_L7_error)
+          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 390, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_4);
 
           {
@@ -11604,7 +11936,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/streams.pyx":372
+        /* "ivshmem/channel/streams.pyx":392
  *             return self.push(<const char *>view.buf, view.len, timeout, deadline_of(timeout))
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -11655,7 +11987,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":354
+      /* "ivshmem/channel/streams.pyx":374
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11697,7 +12029,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":374
+/* "ivshmem/channel/streams.pyx":394
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t push(             # <<<<<<<<<<<<<<
@@ -11721,7 +12053,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("push", 0);
 
-  /* "ivshmem/channel/streams.pyx":378
+  /* "ivshmem/channel/streams.pyx":398
  *     ) except -1:
  *         cdef int64_t n
  *         cdef uint64_t done = 0             # <<<<<<<<<<<<<<
@@ -11730,7 +12062,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/channel/streams.pyx":379
+  /* "ivshmem/channel/streams.pyx":399
  *         cdef int64_t n
  *         cdef uint64_t done = 0
  *         self.tried |= 1 << SEND             # <<<<<<<<<<<<<<
@@ -11739,7 +12071,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
   __pyx_v_self->tried = (__pyx_v_self->tried | (1 << __pyx_e_7ivshmem_7channel_7streams_SEND));
 
-  /* "ivshmem/channel/streams.pyx":380
+  /* "ivshmem/channel/streams.pyx":400
  *         cdef uint64_t done = 0
  *         self.tried |= 1 << SEND
  *         while True:             # <<<<<<<<<<<<<<
@@ -11748,27 +12080,27 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
   while (1) {
 
-    /* "ivshmem/channel/streams.pyx":381
+    /* "ivshmem/channel/streams.pyx":401
  *         self.tried |= 1 << SEND
  *         while True:
  *             self.enter()             # <<<<<<<<<<<<<<
  *             self.check_alone(SEND)
  *             n = ivshmem_send(&self.stream, data + done, min(size - done, part_of(&self.channel)))
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 381, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 401, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":382
+    /* "ivshmem/channel/streams.pyx":402
  *         while True:
  *             self.enter()
  *             self.check_alone(SEND)             # <<<<<<<<<<<<<<
  *             n = ivshmem_send(&self.stream, data + done, min(size - done, part_of(&self.channel)))
  *             if self.membership.rings.count:
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 382, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 402, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":383
+    /* "ivshmem/channel/streams.pyx":403
  *             self.enter()
  *             self.check_alone(SEND)
  *             n = ivshmem_send(&self.stream, data + done, min(size - done, part_of(&self.channel)))             # <<<<<<<<<<<<<<
@@ -11792,7 +12124,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     __pyx_v_n = ivshmem_send((&__pyx_v_self->stream), (__pyx_v_data + __pyx_v_done), __pyx_t_4);
 
 
-    /* "ivshmem/channel/streams.pyx":384
+    /* "ivshmem/channel/streams.pyx":404
  *             self.check_alone(SEND)
  *             n = ivshmem_send(&self.stream, data + done, min(size - done, part_of(&self.channel)))
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -11804,17 +12136,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/streams.pyx":385
+      /* "ivshmem/channel/streams.pyx":405
  *             n = ivshmem_send(&self.stream, data + done, min(size - done, part_of(&self.channel)))
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             if n > 0:
  *                 done += <uint64_t>n
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 385, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 405, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":384
+      /* "ivshmem/channel/streams.pyx":404
  *             self.check_alone(SEND)
  *             n = ivshmem_send(&self.stream, data + done, min(size - done, part_of(&self.channel)))
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -11823,7 +12155,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":386
+    /* "ivshmem/channel/streams.pyx":406
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -11835,7 +12167,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/streams.pyx":387
+      /* "ivshmem/channel/streams.pyx":407
  *                 self.membership.flush()
  *             if n > 0:
  *                 done += <uint64_t>n             # <<<<<<<<<<<<<<
@@ -11844,7 +12176,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
       __pyx_v_done = (__pyx_v_done + ((uint64_t)__pyx_v_n));
 
-      /* "ivshmem/channel/streams.pyx":388
+      /* "ivshmem/channel/streams.pyx":408
  *             if n > 0:
  *                 done += <uint64_t>n
  *                 if done == size:             # <<<<<<<<<<<<<<
@@ -11856,7 +12188,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
       if (__pyx_t_5) {
 
 
-        /* "ivshmem/channel/streams.pyx":389
+        /* "ivshmem/channel/streams.pyx":409
  *                 done += <uint64_t>n
  *                 if done == size:
  *                     return <int64_t>done             # <<<<<<<<<<<<<<
@@ -11869,7 +12201,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
         }
         goto __pyx_L0;
 
-        /* "ivshmem/channel/streams.pyx":388
+        /* "ivshmem/channel/streams.pyx":408
  *             if n > 0:
  *                 done += <uint64_t>n
  *                 if done == size:             # <<<<<<<<<<<<<<
@@ -11878,7 +12210,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
       }
 
-      /* "ivshmem/channel/streams.pyx":390
+      /* "ivshmem/channel/streams.pyx":410
  *                 if done == size:
  *                     return <int64_t>done
  *                 continue             # <<<<<<<<<<<<<<
@@ -11887,7 +12219,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
       goto __pyx_L3_continue;
 
-      /* "ivshmem/channel/streams.pyx":386
+      /* "ivshmem/channel/streams.pyx":406
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -11896,7 +12228,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":391
+    /* "ivshmem/channel/streams.pyx":411
  *                     return <int64_t>done
  *                 continue
  *             if done:             # <<<<<<<<<<<<<<
@@ -11908,7 +12240,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/streams.pyx":392
+      /* "ivshmem/channel/streams.pyx":412
  *                 continue
  *             if done:
  *                 return <int64_t>done  # what is wrong, the next call finds             # <<<<<<<<<<<<<<
@@ -11921,7 +12253,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":391
+      /* "ivshmem/channel/streams.pyx":411
  *                     return <int64_t>done
  *                 continue
  *             if done:             # <<<<<<<<<<<<<<
@@ -11930,7 +12262,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":393
+    /* "ivshmem/channel/streams.pyx":413
  *             if done:
  *                 return <int64_t>done  # what is wrong, the next call finds
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -11942,20 +12274,20 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (unlikely(__pyx_t_5)) {
 
 
-      /* "ivshmem/channel/streams.pyx":394
+      /* "ivshmem/channel/streams.pyx":414
  *                 return <int64_t>done  # what is wrong, the next call finds
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(SEND)             # <<<<<<<<<<<<<<
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)
 */
-      __pyx_t_6 = __pyx_f_7ivshmem_7channel_7streams_6Stream_broken(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 394, __pyx_L1_error)
+      __pyx_t_6 = __pyx_f_7ivshmem_7channel_7streams_6Stream_broken(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 414, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __Pyx_Raise(__pyx_t_6, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      __PYX_ERR(0, 394, __pyx_L1_error)
+      __PYX_ERR(0, 414, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":393
+      /* "ivshmem/channel/streams.pyx":413
  *             if done:
  *                 return <int64_t>done  # what is wrong, the next call finds
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -11964,7 +12296,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":395
+    /* "ivshmem/channel/streams.pyx":415
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(SEND)
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -11976,20 +12308,20 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (unlikely(__pyx_t_5)) {
 
 
-      /* "ivshmem/channel/streams.pyx":396
+      /* "ivshmem/channel/streams.pyx":416
  *                 raise self.broken(SEND)
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)             # <<<<<<<<<<<<<<
  *             self.await_half(SEND, timeout, deadline)
  * 
 */
-      __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 396, __pyx_L1_error)
+      __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 416, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __Pyx_Raise(__pyx_t_6, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      __PYX_ERR(0, 396, __pyx_L1_error)
+      __PYX_ERR(0, 416, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":395
+      /* "ivshmem/channel/streams.pyx":415
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(SEND)
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -11998,19 +12330,19 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":397
+    /* "ivshmem/channel/streams.pyx":417
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)
  *             self.await_half(SEND, timeout, deadline)             # <<<<<<<<<<<<<<
  * 
  *     cdef object broken(self, int direction):
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 397, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 417, __pyx_L1_error)
 
     __pyx_L3_continue:;
   }
 
-  /* "ivshmem/channel/streams.pyx":374
+  /* "ivshmem/channel/streams.pyx":394
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t push(             # <<<<<<<<<<<<<<
@@ -12033,7 +12365,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":399
+/* "ivshmem/channel/streams.pyx":419
  *             self.await_half(SEND, timeout, deadline)
  * 
  *     cdef object broken(self, int direction):             # <<<<<<<<<<<<<<
@@ -12058,7 +12390,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("broken", 0);
 
-  /* "ivshmem/channel/streams.pyx":401
+  /* "ivshmem/channel/streams.pyx":421
  *     cdef object broken(self, int direction):
  *         """Return the error of a direction in which the other end does nothing more."""
  *         if direction == SEND:             # <<<<<<<<<<<<<<
@@ -12070,7 +12402,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":402
+    /* "ivshmem/channel/streams.pyx":422
  *         """Return the error of a direction in which the other end does nothing more."""
  *         if direction == SEND:
  *             return BrokenPipeError(             # <<<<<<<<<<<<<<
@@ -12079,14 +12411,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
 */
     __pyx_t_3 = NULL;
 
-    /* "ivshmem/channel/streams.pyx":403
+    /* "ivshmem/channel/streams.pyx":423
  *         if direction == SEND:
  *             return BrokenPipeError(
  *                 32, f"connection of {self.name!r}: the other end receives no more"             # <<<<<<<<<<<<<<
  *             )
  *         return ConnectionResetError(104, f"connection of {self.name!r}: the other end is gone")
 */
-    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 403, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 423, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
     __pyx_t_5[1] = __pyx_t_4;
@@ -12100,7 +12432,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
     __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
     #endif
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 403, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 423, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_9 = 1;
@@ -12109,7 +12441,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BrokenPipeError)), __pyx_callargs+__pyx_t_9, (3-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 402, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 422, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     {
@@ -12123,7 +12455,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/streams.pyx":401
+    /* "ivshmem/channel/streams.pyx":421
  *     cdef object broken(self, int direction):
  *         """Return the error of a direction in which the other end does nothing more."""
  *         if direction == SEND:             # <<<<<<<<<<<<<<
@@ -12132,7 +12464,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":405
+  /* "ivshmem/channel/streams.pyx":425
  *                 32, f"connection of {self.name!r}: the other end receives no more"
  *             )
  *         return ConnectionResetError(104, f"connection of {self.name!r}: the other end is gone")             # <<<<<<<<<<<<<<
@@ -12140,7 +12472,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
  *     cdef int check_alone(self, int direction) except -1:
 */
   __pyx_t_8 = NULL;
-  __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 405, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 425, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
   __pyx_t_5[1] = __pyx_t_3;
@@ -12154,7 +12486,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_4 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 405, __pyx_L1_error)
+  if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 425, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_9 = 1;
@@ -12163,7 +12495,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
     __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ConnectionResetError)), __pyx_callargs+__pyx_t_9, (3-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 405, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 425, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   {
@@ -12177,7 +12509,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":399
+  /* "ivshmem/channel/streams.pyx":419
  *             self.await_half(SEND, timeout, deadline)
  * 
  *     cdef object broken(self, int direction):             # <<<<<<<<<<<<<<
@@ -12199,7 +12531,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":407
+/* "ivshmem/channel/streams.pyx":427
  *         return ConnectionResetError(104, f"connection of {self.name!r}: the other end is gone")
  * 
  *     cdef int check_alone(self, int direction) except -1:             # <<<<<<<<<<<<<<
@@ -12226,7 +12558,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check_alone", 0);
 
-  /* "ivshmem/channel/streams.pyx":408
+  /* "ivshmem/channel/streams.pyx":428
  * 
  *     cdef int check_alone(self, int direction) except -1:
  *         if self.moving[direction]:             # <<<<<<<<<<<<<<
@@ -12235,7 +12567,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
 */
   if (unlikely((__pyx_v_self->moving[__pyx_v_direction]))) {
 
-    /* "ivshmem/channel/streams.pyx":409
+    /* "ivshmem/channel/streams.pyx":429
  *     cdef int check_alone(self, int direction) except -1:
  *         if self.moving[direction]:
  *             verb = "sends" if direction == SEND else "receives"             # <<<<<<<<<<<<<<
@@ -12255,7 +12587,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
     __pyx_v_verb = ((PyObject*)__pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/streams.pyx":410
+    /* "ivshmem/channel/streams.pyx":430
  *         if self.moving[direction]:
  *             verb = "sends" if direction == SEND else "receives"
  *             raise RuntimeError(f"connection of {self.name!r}: another thread {verb} at this moment")             # <<<<<<<<<<<<<<
@@ -12263,9 +12595,9 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
  * 
 */
     __pyx_t_3 = NULL;
-    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 410, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 430, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyUnicode_Unicode(__pyx_v_verb); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 410, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_Unicode(__pyx_v_verb); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 430, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
     __pyx_t_6[1] = __pyx_t_4;
@@ -12281,7 +12613,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
     __pyx_t_8 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_6[3]);
     #endif
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 5, __pyx_t_7, __pyx_t_8);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 410, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 430, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -12291,14 +12623,14 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_RuntimeError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 410, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 430, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 410, __pyx_L1_error)
+    __PYX_ERR(0, 430, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":408
+    /* "ivshmem/channel/streams.pyx":428
  * 
  *     cdef int check_alone(self, int direction) except -1:
  *         if self.moving[direction]:             # <<<<<<<<<<<<<<
@@ -12307,7 +12639,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":411
+  /* "ivshmem/channel/streams.pyx":431
  *             verb = "sends" if direction == SEND else "receives"
  *             raise RuntimeError(f"connection of {self.name!r}: another thread {verb} at this moment")
  *         return 0             # <<<<<<<<<<<<<<
@@ -12320,7 +12652,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":407
+  /* "ivshmem/channel/streams.pyx":427
  *         return ConnectionResetError(104, f"connection of {self.name!r}: the other end is gone")
  * 
  *     cdef int check_alone(self, int direction) except -1:             # <<<<<<<<<<<<<<
@@ -12344,7 +12676,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":413
+/* "ivshmem/channel/streams.pyx":433
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12392,32 +12724,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 413, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 433, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 413, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 433, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall", 0) < (0)) __PYX_ERR(0, 413, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall", 0) < (0)) __PYX_ERR(0, 433, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, i); __PYX_ERR(0, 413, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, i); __PYX_ERR(0, 433, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 413, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 433, __pyx_L3_error)
     }
     __pyx_v_data = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 413, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 433, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12472,7 +12804,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":420
+        /* "ivshmem/channel/streams.pyx":440
  *         """
  *         cdef Py_buffer view
  *         cdef uint64_t done = 0             # <<<<<<<<<<<<<<
@@ -12481,17 +12813,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
 */
         __pyx_v_done = 0;
 
-        /* "ivshmem/channel/streams.pyx":421
+        /* "ivshmem/channel/streams.pyx":441
  *         cdef Py_buffer view
  *         cdef uint64_t done = 0
  *         take_buffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
  *             timeout = self.timeout
 */
-        __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_buffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 421, __pyx_L4_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_buffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 441, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":422
+        /* "ivshmem/channel/streams.pyx":442
  *         cdef uint64_t done = 0
  *         take_buffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -12500,7 +12832,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":423
+          /* "ivshmem/channel/streams.pyx":443
  *         take_buffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             timeout = self.timeout             # <<<<<<<<<<<<<<
@@ -12512,7 +12844,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
           __pyx_v_timeout = __pyx_t_3;
           __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/streams.pyx":424
+          /* "ivshmem/channel/streams.pyx":444
  *         try:
  *             timeout = self.timeout
  *             deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -12520,7 +12852,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
  *                 done += self.push(
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 424, __pyx_L7_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 444, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_5);
           __pyx_t_6 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -12539,13 +12871,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
             __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 424, __pyx_L7_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 444, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __pyx_v_deadline = __pyx_t_3;
           __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/streams.pyx":425
+          /* "ivshmem/channel/streams.pyx":445
  *             timeout = self.timeout
  *             deadline = deadline_of(timeout)
  *             while done < <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -12558,20 +12890,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
 
             if (!__pyx_t_7) break;
 
-            /* "ivshmem/channel/streams.pyx":426
+            /* "ivshmem/channel/streams.pyx":446
  *             deadline = deadline_of(timeout)
  *             while done < <uint64_t>view.len:
  *                 done += self.push(             # <<<<<<<<<<<<<<
  *                     <const char *>view.buf + done, view.len - done, timeout, deadline
  *                 )
 */
-            __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, (((char const *)__pyx_v_view.buf) + __pyx_v_done), (__pyx_v_view.len - __pyx_v_done), __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 426, __pyx_L7_error)
+            __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, (((char const *)__pyx_v_view.buf) + __pyx_v_done), (__pyx_v_view.len - __pyx_v_done), __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 446, __pyx_L7_error)
             __pyx_v_done = (__pyx_v_done + __pyx_t_8);
 
           }
         }
 
-        /* "ivshmem/channel/streams.pyx":430
+        /* "ivshmem/channel/streams.pyx":450
  *                 )
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -12619,7 +12951,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":413
+      /* "ivshmem/channel/streams.pyx":433
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12660,7 +12992,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":432
+/* "ivshmem/channel/streams.pyx":452
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t pull(self, char *into, uint64_t room, object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -12689,7 +13021,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("pull", 0);
 
-  /* "ivshmem/channel/streams.pyx":434
+  /* "ivshmem/channel/streams.pyx":454
  *     cdef int64_t pull(self, char *into, uint64_t room, object timeout) except -1:
  *         cdef int64_t n
  *         cdef uint64_t done = 0             # <<<<<<<<<<<<<<
@@ -12698,7 +13030,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/channel/streams.pyx":435
+  /* "ivshmem/channel/streams.pyx":455
  *         cdef int64_t n
  *         cdef uint64_t done = 0
  *         deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -12706,7 +13038,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
  *         while True:
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 435, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 455, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_4 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -12725,13 +13057,13 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 435, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 455, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __pyx_v_deadline = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":436
+  /* "ivshmem/channel/streams.pyx":456
  *         cdef uint64_t done = 0
  *         deadline = deadline_of(timeout)
  *         self.tried |= 1 << RECEIVE             # <<<<<<<<<<<<<<
@@ -12740,7 +13072,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
   __pyx_v_self->tried = (__pyx_v_self->tried | (1 << __pyx_e_7ivshmem_7channel_7streams_RECEIVE));
 
-  /* "ivshmem/channel/streams.pyx":437
+  /* "ivshmem/channel/streams.pyx":457
  *         deadline = deadline_of(timeout)
  *         self.tried |= 1 << RECEIVE
  *         while True:             # <<<<<<<<<<<<<<
@@ -12749,27 +13081,27 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
   while (1) {
 
-    /* "ivshmem/channel/streams.pyx":438
+    /* "ivshmem/channel/streams.pyx":458
  *         self.tried |= 1 << RECEIVE
  *         while True:
  *             self.enter()             # <<<<<<<<<<<<<<
  *             self.check_alone(RECEIVE)
  *             n = ivshmem_receive(&self.stream, into + done, min(room - done, part_of(&self.channel)))
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 438, __pyx_L1_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 458, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":439
+    /* "ivshmem/channel/streams.pyx":459
  *         while True:
  *             self.enter()
  *             self.check_alone(RECEIVE)             # <<<<<<<<<<<<<<
  *             n = ivshmem_receive(&self.stream, into + done, min(room - done, part_of(&self.channel)))
  *             if self.membership.rings.count:
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 439, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 459, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":440
+    /* "ivshmem/channel/streams.pyx":460
  *             self.enter()
  *             self.check_alone(RECEIVE)
  *             n = ivshmem_receive(&self.stream, into + done, min(room - done, part_of(&self.channel)))             # <<<<<<<<<<<<<<
@@ -12793,7 +13125,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     __pyx_v_n = ivshmem_receive((&__pyx_v_self->stream), (__pyx_v_into + __pyx_v_done), __pyx_t_8);
 
 
-    /* "ivshmem/channel/streams.pyx":441
+    /* "ivshmem/channel/streams.pyx":461
  *             self.check_alone(RECEIVE)
  *             n = ivshmem_receive(&self.stream, into + done, min(room - done, part_of(&self.channel)))
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -12805,17 +13137,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (__pyx_t_9) {
 
 
-      /* "ivshmem/channel/streams.pyx":442
+      /* "ivshmem/channel/streams.pyx":462
  *             n = ivshmem_receive(&self.stream, into + done, min(room - done, part_of(&self.channel)))
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             if n > 0:
  *                 done += <uint64_t>n
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 442, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 462, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":441
+      /* "ivshmem/channel/streams.pyx":461
  *             self.check_alone(RECEIVE)
  *             n = ivshmem_receive(&self.stream, into + done, min(room - done, part_of(&self.channel)))
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -12824,7 +13156,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":443
+    /* "ivshmem/channel/streams.pyx":463
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -12836,7 +13168,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (__pyx_t_9) {
 
 
-      /* "ivshmem/channel/streams.pyx":444
+      /* "ivshmem/channel/streams.pyx":464
  *                 self.membership.flush()
  *             if n > 0:
  *                 done += <uint64_t>n             # <<<<<<<<<<<<<<
@@ -12845,7 +13177,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
       __pyx_v_done = (__pyx_v_done + ((uint64_t)__pyx_v_n));
 
-      /* "ivshmem/channel/streams.pyx":445
+      /* "ivshmem/channel/streams.pyx":465
  *             if n > 0:
  *                 done += <uint64_t>n
  *                 if done == room:             # <<<<<<<<<<<<<<
@@ -12857,7 +13189,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
       if (__pyx_t_9) {
 
 
-        /* "ivshmem/channel/streams.pyx":446
+        /* "ivshmem/channel/streams.pyx":466
  *                 done += <uint64_t>n
  *                 if done == room:
  *                     return <int64_t>done             # <<<<<<<<<<<<<<
@@ -12870,7 +13202,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
         }
         goto __pyx_L0;
 
-        /* "ivshmem/channel/streams.pyx":445
+        /* "ivshmem/channel/streams.pyx":465
  *             if n > 0:
  *                 done += <uint64_t>n
  *                 if done == room:             # <<<<<<<<<<<<<<
@@ -12879,7 +13211,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
       }
 
-      /* "ivshmem/channel/streams.pyx":447
+      /* "ivshmem/channel/streams.pyx":467
  *                 if done == room:
  *                     return <int64_t>done
  *                 continue             # <<<<<<<<<<<<<<
@@ -12888,7 +13220,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
       goto __pyx_L3_continue;
 
-      /* "ivshmem/channel/streams.pyx":443
+      /* "ivshmem/channel/streams.pyx":463
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -12897,7 +13229,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":448
+    /* "ivshmem/channel/streams.pyx":468
  *                     return <int64_t>done
  *                 continue
  *             if n == 0 or done:             # <<<<<<<<<<<<<<
@@ -12923,7 +13255,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (__pyx_t_9) {
 
 
-      /* "ivshmem/channel/streams.pyx":449
+      /* "ivshmem/channel/streams.pyx":469
  *                 continue
  *             if n == 0 or done:
  *                 return <int64_t>done  # what is wrong, the next call finds             # <<<<<<<<<<<<<<
@@ -12936,7 +13268,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":448
+      /* "ivshmem/channel/streams.pyx":468
  *                     return <int64_t>done
  *                 continue
  *             if n == 0 or done:             # <<<<<<<<<<<<<<
@@ -12945,7 +13277,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":450
+    /* "ivshmem/channel/streams.pyx":470
  *             if n == 0 or done:
  *                 return <int64_t>done  # what is wrong, the next call finds
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -12957,20 +13289,20 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (unlikely(__pyx_t_9)) {
 
 
-      /* "ivshmem/channel/streams.pyx":451
+      /* "ivshmem/channel/streams.pyx":471
  *                 return <int64_t>done  # what is wrong, the next call finds
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(RECEIVE)             # <<<<<<<<<<<<<<
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_broken(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 451, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_broken(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 471, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 451, __pyx_L1_error)
+      __PYX_ERR(0, 471, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":450
+      /* "ivshmem/channel/streams.pyx":470
  *             if n == 0 or done:
  *                 return <int64_t>done  # what is wrong, the next call finds
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -12979,7 +13311,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":452
+    /* "ivshmem/channel/streams.pyx":472
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(RECEIVE)
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -12991,20 +13323,20 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (unlikely(__pyx_t_9)) {
 
 
-      /* "ivshmem/channel/streams.pyx":453
+      /* "ivshmem/channel/streams.pyx":473
  *                 raise self.broken(RECEIVE)
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)             # <<<<<<<<<<<<<<
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 453, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 473, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 453, __pyx_L1_error)
+      __PYX_ERR(0, 473, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":452
+      /* "ivshmem/channel/streams.pyx":472
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(RECEIVE)
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -13013,19 +13345,19 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":454
+    /* "ivshmem/channel/streams.pyx":474
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)
  *             self.await_half(RECEIVE, timeout, deadline)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 454, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 474, __pyx_L1_error)
 
     __pyx_L3_continue:;
   }
 
-  /* "ivshmem/channel/streams.pyx":432
+  /* "ivshmem/channel/streams.pyx":452
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t pull(self, char *into, uint64_t room, object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -13051,7 +13383,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":456
+/* "ivshmem/channel/streams.pyx":476
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13099,32 +13431,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 456, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 476, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 456, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 476, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv", 0) < (0)) __PYX_ERR(0, 456, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv", 0) < (0)) __PYX_ERR(0, 476, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, i); __PYX_ERR(0, 456, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, i); __PYX_ERR(0, 476, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 456, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 476, __pyx_L3_error)
     }
-    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 457, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 477, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 456, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 476, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13164,7 +13496,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv(struct __pyx
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":464
+        /* "ivshmem/channel/streams.pyx":484
  *             TimeoutError, BlockingIOError, ChannelCorrupt, ClosedError: as of `send`.
  *         """
  *         return self.receive(size, self.timeout)             # <<<<<<<<<<<<<<
@@ -13173,7 +13505,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv(struct __pyx
 */
         __pyx_t_2 = __pyx_v_self->timeout;
         __Pyx_INCREF(__pyx_t_2);
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_v_size, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 464, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_v_size, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 484, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         {
@@ -13189,7 +13521,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv(struct __pyx
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":456
+      /* "ivshmem/channel/streams.pyx":476
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13228,7 +13560,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":466
+/* "ivshmem/channel/streams.pyx":486
  *         return self.receive(size, self.timeout)
  * 
  *     cdef bytes receive(self, Py_ssize_t size, object timeout):             # <<<<<<<<<<<<<<
@@ -13259,7 +13591,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   __Pyx_RefNannySetupContext("receive", 0);
 
 
-  /* "ivshmem/channel/streams.pyx":469
+  /* "ivshmem/channel/streams.pyx":489
  *         cdef bytes data
  *         cdef int64_t n
  *         if size < 0:             # <<<<<<<<<<<<<<
@@ -13271,7 +13603,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":470
+    /* "ivshmem/channel/streams.pyx":490
  *         cdef int64_t n
  *         if size < 0:
  *             raise ValueError(f"cannot receive {size} bytes")             # <<<<<<<<<<<<<<
@@ -13279,7 +13611,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
  *         if size == 0:
 */
     __pyx_t_3 = NULL;
-    __pyx_t_4 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 470, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 490, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_cannot_receive;
     __pyx_t_5[1] = __pyx_t_4;
@@ -13290,7 +13622,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
     #endif
     __pyx_t_7 = 0;
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 470, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 490, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_9 = 1;
@@ -13299,14 +13631,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 470, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 490, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 470, __pyx_L1_error)
+    __PYX_ERR(0, 490, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":469
+    /* "ivshmem/channel/streams.pyx":489
  *         cdef bytes data
  *         cdef int64_t n
  *         if size < 0:             # <<<<<<<<<<<<<<
@@ -13315,7 +13647,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":471
+  /* "ivshmem/channel/streams.pyx":491
  *         if size < 0:
  *             raise ValueError(f"cannot receive {size} bytes")
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)             # <<<<<<<<<<<<<<
@@ -13339,7 +13671,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   __pyx_v_size = __pyx_t_11;
 
 
-  /* "ivshmem/channel/streams.pyx":472
+  /* "ivshmem/channel/streams.pyx":492
  *             raise ValueError(f"cannot receive {size} bytes")
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
  *         if size == 0:             # <<<<<<<<<<<<<<
@@ -13351,7 +13683,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":473
+    /* "ivshmem/channel/streams.pyx":493
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
  *         if size == 0:
  *             return b""             # <<<<<<<<<<<<<<
@@ -13369,7 +13701,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/streams.pyx":472
+    /* "ivshmem/channel/streams.pyx":492
  *             raise ValueError(f"cannot receive {size} bytes")
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
  *         if size == 0:             # <<<<<<<<<<<<<<
@@ -13378,29 +13710,29 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":474
+  /* "ivshmem/channel/streams.pyx":494
  *         if size == 0:
  *             return b""
  *         data = PyBytes_FromStringAndSize(NULL, size)             # <<<<<<<<<<<<<<
  *         n = self.pull(PyBytes_AS_STRING(data), size, timeout)
  *         return data if n == size else data[:n]
 */
-  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 474, __pyx_L1_error)
+  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 494, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_data = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/streams.pyx":475
+  /* "ivshmem/channel/streams.pyx":495
  *             return b""
  *         data = PyBytes_FromStringAndSize(NULL, size)
  *         n = self.pull(PyBytes_AS_STRING(data), size, timeout)             # <<<<<<<<<<<<<<
  *         return data if n == size else data[:n]
  * 
 */
-  __pyx_t_12 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, PyBytes_AS_STRING(__pyx_v_data), __pyx_v_size, __pyx_v_timeout); if (unlikely(__pyx_t_12 == ((int64_t)-1L))) __PYX_ERR(0, 475, __pyx_L1_error)
+  __pyx_t_12 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, PyBytes_AS_STRING(__pyx_v_data), __pyx_v_size, __pyx_v_timeout); if (unlikely(__pyx_t_12 == ((int64_t)-1L))) __PYX_ERR(0, 495, __pyx_L1_error)
   __pyx_v_n = __pyx_t_12;
 
-  /* "ivshmem/channel/streams.pyx":476
+  /* "ivshmem/channel/streams.pyx":496
  *         data = PyBytes_FromStringAndSize(NULL, size)
  *         n = self.pull(PyBytes_AS_STRING(data), size, timeout)
  *         return data if n == size else data[:n]             # <<<<<<<<<<<<<<
@@ -13415,9 +13747,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   } else {
     if (unlikely(__pyx_v_data == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-      __PYX_ERR(0, 476, __pyx_L1_error)
+      __PYX_ERR(0, 496, __pyx_L1_error)
     }
-    __pyx_t_8 = PySequence_GetSlice(__pyx_v_data, 0, __pyx_v_n); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 476, __pyx_L1_error)
+    __pyx_t_8 = PySequence_GetSlice(__pyx_v_data, 0, __pyx_v_n); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 496, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __pyx_t_2 = __pyx_t_8;
     __pyx_t_8 = 0;
@@ -13434,7 +13766,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":466
+  /* "ivshmem/channel/streams.pyx":486
  *         return self.receive(size, self.timeout)
  * 
  *     cdef bytes receive(self, Py_ssize_t size, object timeout):             # <<<<<<<<<<<<<<
@@ -13459,7 +13791,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":478
+/* "ivshmem/channel/streams.pyx":498
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13508,48 +13840,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_nbytes,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 478, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 498, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 478, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 498, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 478, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 498, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_into", 0) < (0)) __PYX_ERR(0, 478, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_into", 0) < (0)) __PYX_ERR(0, 498, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, i); __PYX_ERR(0, 478, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, i); __PYX_ERR(0, 498, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 478, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 498, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 478, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 498, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_buffer = values[0];
     if (values[1]) {
-      __pyx_v_nbytes = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_nbytes == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 479, __pyx_L3_error)
+      __pyx_v_nbytes = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_nbytes == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 499, __pyx_L3_error)
     } else {
       __pyx_v_nbytes = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 478, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 498, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13608,17 +13940,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":490
+        /* "ivshmem/channel/streams.pyx":510
  *         cdef Py_buffer view
  *         cdef Py_ssize_t room
  *         take_buffer(buffer, &view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
  *         try:
  *             room = view.len if nbytes == 0 else nbytes
 */
-        __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_buffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 490, __pyx_L4_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_buffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 510, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":491
+        /* "ivshmem/channel/streams.pyx":511
  *         cdef Py_ssize_t room
  *         take_buffer(buffer, &view, PyBUF_WRITABLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -13627,7 +13959,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":492
+          /* "ivshmem/channel/streams.pyx":512
  *         take_buffer(buffer, &view, PyBUF_WRITABLE)
  *         try:
  *             room = view.len if nbytes == 0 else nbytes             # <<<<<<<<<<<<<<
@@ -13646,7 +13978,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
 
           __pyx_v_room = __pyx_t_3;
 
-          /* "ivshmem/channel/streams.pyx":493
+          /* "ivshmem/channel/streams.pyx":513
  *         try:
  *             room = view.len if nbytes == 0 else nbytes
  *             if not 0 <= room <= view.len:             # <<<<<<<<<<<<<<
@@ -13663,7 +13995,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
           if (unlikely(__pyx_t_5)) {
 
 
-            /* "ivshmem/channel/streams.pyx":494
+            /* "ivshmem/channel/streams.pyx":514
  *             room = view.len if nbytes == 0 else nbytes
  *             if not 0 <= room <= view.len:
  *                 raise ValueError(f"{nbytes} bytes into a buffer of {view.len}")             # <<<<<<<<<<<<<<
@@ -13671,9 +14003,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
  *         finally:
 */
             __pyx_t_7 = NULL;
-            __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_nbytes, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 494, __pyx_L7_error)
+            __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_nbytes, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 514, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
-            __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 494, __pyx_L7_error)
+            __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 514, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_9);
             __pyx_t_10[0] = __pyx_t_8;
             __pyx_t_10[1] = __pyx_mstate_global->__pyx_kp_u_bytes_into_a_buffer_of;
@@ -13684,7 +14016,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
             #endif
             __pyx_t_2 = 0;
             __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_10, 3, __pyx_t_3, __pyx_t_2);
-            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 494, __pyx_L7_error)
+            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 514, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_11);
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
@@ -13694,14 +14026,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
               __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 494, __pyx_L7_error)
+              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 514, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_6);
             }
             __Pyx_Raise(__pyx_t_6, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            __PYX_ERR(0, 494, __pyx_L7_error)
+            __PYX_ERR(0, 514, __pyx_L7_error)
 
-            /* "ivshmem/channel/streams.pyx":493
+            /* "ivshmem/channel/streams.pyx":513
  *         try:
  *             room = view.len if nbytes == 0 else nbytes
  *             if not 0 <= room <= view.len:             # <<<<<<<<<<<<<<
@@ -13710,7 +14042,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
 */
           }
 
-          /* "ivshmem/channel/streams.pyx":495
+          /* "ivshmem/channel/streams.pyx":515
  *             if not 0 <= room <= view.len:
  *                 raise ValueError(f"{nbytes} bytes into a buffer of {view.len}")
  *             return self.pull(<char *>view.buf, room, self.timeout) if room else 0             # <<<<<<<<<<<<<<
@@ -13722,9 +14054,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
           if (__pyx_t_5) {
             __pyx_t_11 = __pyx_v_self->timeout;
             __Pyx_INCREF(__pyx_t_11);
-            __pyx_t_13 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, ((char *)__pyx_v_view.buf), __pyx_v_room, __pyx_t_11); if (unlikely(__pyx_t_13 == ((int64_t)-1L))) __PYX_ERR(0, 495, __pyx_L7_error)
+            __pyx_t_13 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, ((char *)__pyx_v_view.buf), __pyx_v_room, __pyx_t_11); if (unlikely(__pyx_t_13 == ((int64_t)-1L))) __PYX_ERR(0, 515, __pyx_L7_error)
             __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-            __pyx_t_11 = __Pyx_PyLong_From_int64_t(__pyx_t_13); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 495, __pyx_L7_error)
+            __pyx_t_11 = __Pyx_PyLong_From_int64_t(__pyx_t_13); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 515, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_11);
 
             __pyx_t_6 = __pyx_t_11;
@@ -13747,7 +14079,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/streams.pyx":497
+        /* "ivshmem/channel/streams.pyx":517
  *             return self.pull(<char *>view.buf, room, self.timeout) if room else 0
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -13800,7 +14132,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":478
+      /* "ivshmem/channel/streams.pyx":498
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13844,7 +14176,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":499
+/* "ivshmem/channel/streams.pyx":519
  *             PyBuffer_Release(&view)
  * 
  *     def recv_async(self, Py_ssize_t size, timeout=None):             # <<<<<<<<<<<<<<
@@ -13893,46 +14225,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_size,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 499, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 519, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 499, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 519, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 499, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 519, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_async", 0) < (0)) __PYX_ERR(0, 499, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_async", 0) < (0)) __PYX_ERR(0, 519, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, i); __PYX_ERR(0, 499, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, i); __PYX_ERR(0, 519, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 499, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 519, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 499, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 519, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
     }
-    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 499, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 519, __pyx_L3_error)
     __pyx_v_timeout = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 499, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 519, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13966,25 +14298,25 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_16recv_async(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("recv_async", 0);
 
-  /* "ivshmem/channel/streams.pyx":501
+  /* "ivshmem/channel/streams.pyx":521
  *     def recv_async(self, Py_ssize_t size, timeout=None):
  *         """The twin of `recv` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-  __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 501, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 521, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_recv_now); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 501, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_recv_now); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 521, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_size); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 501, __pyx_L1_error)
+  __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_size); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 521, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 501, __pyx_L1_error)
+  __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 521, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_GIVEREF(__pyx_t_3);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 501, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 521, __pyx_L1_error);
   __pyx_t_3 = 0;
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1), __pyx_t_2, __pyx_v_timeout, ((PyObject*)__pyx_t_4)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 501, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1), __pyx_t_2, __pyx_v_timeout, ((PyObject*)__pyx_t_4)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 521, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -14000,7 +14332,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_16recv_async(struct
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":499
+  /* "ivshmem/channel/streams.pyx":519
  *             PyBuffer_Release(&view)
  * 
  *     def recv_async(self, Py_ssize_t size, timeout=None):             # <<<<<<<<<<<<<<
@@ -14022,7 +14354,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_16recv_async(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":503
+/* "ivshmem/channel/streams.pyx":523
  *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -14070,32 +14402,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 503, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 523, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 503, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 523, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_recv_now", 0) < (0)) __PYX_ERR(0, 503, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_recv_now", 0) < (0)) __PYX_ERR(0, 523, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, i); __PYX_ERR(0, 503, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, i); __PYX_ERR(0, 523, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 503, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 523, __pyx_L3_error)
     }
     __pyx_v_size = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 503, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 523, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14134,15 +14466,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_18_recv_now(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":506
+        /* "ivshmem/channel/streams.pyx":526
  *     def _recv_now(self, size):
  *         """Receive as after settimeout(0), whatever another thread has set."""
  *         return self.receive(size, 0)             # <<<<<<<<<<<<<<
  * 
  *     async def sendall_async(self, data, timeout=None):
 */
-        __pyx_t_2 = __Pyx_PyIndex_AsSsize_t(__pyx_v_size); if (unlikely((__pyx_t_2 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 506, __pyx_L4_error)
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_t_2, __pyx_mstate_global->__pyx_int_0); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 506, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyIndex_AsSsize_t(__pyx_v_size); if (unlikely((__pyx_t_2 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 526, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_t_2, __pyx_mstate_global->__pyx_int_0); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 526, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
 
         {
@@ -14158,7 +14490,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_18_recv_now(struct 
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":503
+      /* "ivshmem/channel/streams.pyx":523
  *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -14197,7 +14529,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_18_recv_now(struct 
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/streams.pyx":508
+/* "ivshmem/channel/streams.pyx":528
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -14246,35 +14578,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 508, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 528, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 508, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 528, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 508, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 528, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall_async", 0) < (0)) __PYX_ERR(0, 508, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall_async", 0) < (0)) __PYX_ERR(0, 528, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, i); __PYX_ERR(0, 508, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, i); __PYX_ERR(0, 528, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 508, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 528, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 508, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 528, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -14285,7 +14617,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 508, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 528, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14318,7 +14650,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_20sendall_async(str
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 508, __pyx_L1_error)
+    __PYX_ERR(0, 528, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -14332,7 +14664,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_20sendall_async(str
   __Pyx_INCREF(__pyx_cur_scope->__pyx_v_timeout);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_timeout);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams); if (unlikely(!gen)) __PYX_ERR(0, 508, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams); if (unlikely(!gen)) __PYX_ERR(0, 528, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -14373,23 +14705,23 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator(__pyx_C
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started coroutine");
-    __PYX_ERR(0, 508, __pyx_L1_error)
+    __PYX_ERR(0, 528, __pyx_L1_error)
   }
 
-  /* "ivshmem/channel/streams.pyx":513
+  /* "ivshmem/channel/streams.pyx":533
  *         After a cancellation it is unknown how much was sent.
  *         """
  *         view = flat(data)             # <<<<<<<<<<<<<<
  *         while view:
  *             sent = await until_no_wait(self.half(SEND), self._send_now, timeout, (view,))
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_flat(__pyx_cur_scope->__pyx_v_data, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 513, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_flat(__pyx_cur_scope->__pyx_v_data, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 533, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
   __pyx_cur_scope->__pyx_v_view = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":514
+  /* "ivshmem/channel/streams.pyx":534
  *         """
  *         view = flat(data)
  *         while view:             # <<<<<<<<<<<<<<
@@ -14397,27 +14729,27 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator(__pyx_C
  *             view = view[sent:]
 */
   while (1) {
-    __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_view); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 514, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_view); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 534, __pyx_L1_error)
 
     if (!__pyx_t_2) break;
 
-    /* "ivshmem/channel/streams.pyx":515
+    /* "ivshmem/channel/streams.pyx":535
  *         view = flat(data)
  *         while view:
  *             sent = await until_no_wait(self.half(SEND), self._send_now, timeout, (view,))             # <<<<<<<<<<<<<<
  *             view = view[sent:]
  * 
 */
-    __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_cur_scope->__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 515, __pyx_L1_error)
+    __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_cur_scope->__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 535, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_send_now); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 515, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_send_now); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 535, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 515, __pyx_L1_error)
+    __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 535, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_INCREF(__pyx_cur_scope->__pyx_v_view);
     __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_view);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_cur_scope->__pyx_v_view) != (0)) __PYX_ERR(0, 515, __pyx_L1_error);
-    __pyx_t_5 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1), __pyx_t_3, __pyx_cur_scope->__pyx_v_timeout, ((PyObject*)__pyx_t_4)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 515, __pyx_L1_error)
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_cur_scope->__pyx_v_view) != (0)) __PYX_ERR(0, 535, __pyx_L1_error);
+    __pyx_t_5 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1), __pyx_t_3, __pyx_cur_scope->__pyx_v_timeout, ((PyObject*)__pyx_t_4)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 535, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -14433,28 +14765,28 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator(__pyx_C
       __pyx_generator->resume_label = 1;
       return __pyx_r;
       __pyx_L6_resume_from_await:;
-      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 515, __pyx_L1_error)
+      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 535, __pyx_L1_error)
       __pyx_t_5 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_5);
     } else if (likely(__pyx_t_6 == PYGEN_RETURN)) {
       __Pyx_GOTREF(__pyx_r);
       __pyx_t_5 = __pyx_r; __pyx_r = NULL;
     } else {
       __Pyx_XGOTREF(__pyx_r);
-      __PYX_ERR(0, 515, __pyx_L1_error)
+      __PYX_ERR(0, 535, __pyx_L1_error)
     }
     __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_sent);
     __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_sent, __pyx_t_5);
     __Pyx_GIVEREF(__pyx_t_5);
     __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/streams.pyx":516
+    /* "ivshmem/channel/streams.pyx":536
  *         while view:
  *             sent = await until_no_wait(self.half(SEND), self._send_now, timeout, (view,))
  *             view = view[sent:]             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-    __pyx_t_5 = __Pyx_PyObject_GetSlice(__pyx_cur_scope->__pyx_v_view, 0, 0, &__pyx_cur_scope->__pyx_v_sent, NULL, NULL, 0, 0, 1); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 516, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_GetSlice(__pyx_cur_scope->__pyx_v_view, 0, 0, &__pyx_cur_scope->__pyx_v_sent, NULL, NULL, 0, 0, 1); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 536, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_GOTREF(__pyx_cur_scope->__pyx_v_view);
     __Pyx_DECREF_SET(__pyx_cur_scope->__pyx_v_view, __pyx_t_5);
@@ -14463,7 +14795,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator(__pyx_C
   }
   CYTHON_MAYBE_UNUSED_VAR(__pyx_cur_scope);
 
-  /* "ivshmem/channel/streams.pyx":508
+  /* "ivshmem/channel/streams.pyx":528
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -14494,7 +14826,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator(__pyx_C
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":518
+/* "ivshmem/channel/streams.pyx":538
  *             view = view[sent:]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -14542,32 +14874,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 518, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 538, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 518, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 538, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_send_now", 0) < (0)) __PYX_ERR(0, 518, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_send_now", 0) < (0)) __PYX_ERR(0, 538, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, i); __PYX_ERR(0, 518, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, i); __PYX_ERR(0, 538, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 518, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 538, __pyx_L3_error)
     }
     __pyx_v_data = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 518, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 538, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14615,17 +14947,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23_send_now(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":522
+        /* "ivshmem/channel/streams.pyx":542
  *         """Send as after settimeout(0), whatever another thread has set."""
  *         cdef Py_buffer view
  *         take_buffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
  *             return self.push(<const char *>view.buf, view.len, 0, None)
 */
-        __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_buffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 522, __pyx_L4_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_take_buffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 542, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":523
+        /* "ivshmem/channel/streams.pyx":543
  *         cdef Py_buffer view
  *         take_buffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -14634,15 +14966,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23_send_now(struct 
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":524
+          /* "ivshmem/channel/streams.pyx":544
  *         take_buffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             return self.push(<const char *>view.buf, view.len, 0, None)             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_mstate_global->__pyx_int_0, Py_None); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 524, __pyx_L7_error)
-          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 524, __pyx_L7_error)
+          __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_mstate_global->__pyx_int_0, Py_None); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 544, __pyx_L7_error)
+          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 544, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_4);
 
           {
@@ -14658,7 +14990,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23_send_now(struct 
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/streams.pyx":526
+        /* "ivshmem/channel/streams.pyx":546
  *             return self.push(<const char *>view.buf, view.len, 0, None)
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -14707,7 +15039,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23_send_now(struct 
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":518
+      /* "ivshmem/channel/streams.pyx":538
  *             view = view[sent:]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -14746,7 +15078,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23_send_now(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":530
+/* "ivshmem/channel/streams.pyx":550
  *     # From and to descriptors.
  * 
  *     cdef int64_t move(self, int direction, int fd, uint64_t most) except -100:             # <<<<<<<<<<<<<<
@@ -14763,7 +15095,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":537
+  /* "ivshmem/channel/streams.pyx":557
  *         descriptor's errors, and those of a spoiled ring.
  *         """
  *         cdef int64_t n = INTERRUPTED             # <<<<<<<<<<<<<<
@@ -14772,7 +15104,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 */
   __pyx_v_n = __pyx_e_7ivshmem_7channel_7streams_INTERRUPTED;
 
-  /* "ivshmem/channel/streams.pyx":538
+  /* "ivshmem/channel/streams.pyx":558
  *         """
  *         cdef int64_t n = INTERRUPTED
  *         while n == INTERRUPTED:             # <<<<<<<<<<<<<<
@@ -14785,18 +15117,18 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
 
     if (!__pyx_t_1) break;
 
-    /* "ivshmem/channel/streams.pyx":539
+    /* "ivshmem/channel/streams.pyx":559
  *         cdef int64_t n = INTERRUPTED
  *         while n == INTERRUPTED:
  *             n = self.move_once(direction, fd, most)             # <<<<<<<<<<<<<<
  *         return n
  * 
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(__pyx_v_self, __pyx_v_direction, __pyx_v_fd, __pyx_v_most); if (unlikely(__pyx_t_2 == ((int64_t)-100L))) __PYX_ERR(0, 539, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(__pyx_v_self, __pyx_v_direction, __pyx_v_fd, __pyx_v_most); if (unlikely(__pyx_t_2 == ((int64_t)-100L))) __PYX_ERR(0, 559, __pyx_L1_error)
     __pyx_v_n = __pyx_t_2;
   }
 
-  /* "ivshmem/channel/streams.pyx":540
+  /* "ivshmem/channel/streams.pyx":560
  *         while n == INTERRUPTED:
  *             n = self.move_once(direction, fd, most)
  *         return n             # <<<<<<<<<<<<<<
@@ -14809,7 +15141,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":530
+  /* "ivshmem/channel/streams.pyx":550
  *     # From and to descriptors.
  * 
  *     cdef int64_t move(self, int direction, int fd, uint64_t most) except -100:             # <<<<<<<<<<<<<<
@@ -14827,7 +15159,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":542
+/* "ivshmem/channel/streams.pyx":562
  *         return n
  * 
  *     cdef int64_t move_once(self, int direction, int fd, uint64_t most) except -100:             # <<<<<<<<<<<<<<
@@ -14860,7 +15192,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("move_once", 0);
 
-  /* "ivshmem/channel/streams.pyx":546
+  /* "ivshmem/channel/streams.pyx":566
  *         cdef iovec vector[2]
  *         cdef int64_t n, found
  *         cdef int code = 0             # <<<<<<<<<<<<<<
@@ -14869,7 +15201,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
 */
   __pyx_v_code = 0;
 
-  /* "ivshmem/channel/streams.pyx":547
+  /* "ivshmem/channel/streams.pyx":567
  *         cdef int64_t n, found
  *         cdef int code = 0
  *         self.partly = False             # <<<<<<<<<<<<<<
@@ -14878,27 +15210,27 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
 */
   __pyx_v_self->partly = 0;
 
-  /* "ivshmem/channel/streams.pyx":548
+  /* "ivshmem/channel/streams.pyx":568
  *         cdef int code = 0
  *         self.partly = False
  *         self.enter()             # <<<<<<<<<<<<<<
  *         self.check_alone(direction)
  *         if direction == SEND:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 548, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 568, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":549
+  /* "ivshmem/channel/streams.pyx":569
  *         self.partly = False
  *         self.enter()
  *         self.check_alone(direction)             # <<<<<<<<<<<<<<
  *         if direction == SEND:
  *             n = ivshmem_send_begin(&self.stream, most, &pieces)
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_v_direction); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 549, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_v_direction); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 569, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":550
+  /* "ivshmem/channel/streams.pyx":570
  *         self.enter()
  *         self.check_alone(direction)
  *         if direction == SEND:             # <<<<<<<<<<<<<<
@@ -14910,7 +15242,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":551
+    /* "ivshmem/channel/streams.pyx":571
  *         self.check_alone(direction)
  *         if direction == SEND:
  *             n = ivshmem_send_begin(&self.stream, most, &pieces)             # <<<<<<<<<<<<<<
@@ -14919,7 +15251,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
 */
     __pyx_v_n = ivshmem_send_begin((&__pyx_v_self->stream), __pyx_v_most, (&__pyx_v_pieces));
 
-    /* "ivshmem/channel/streams.pyx":550
+    /* "ivshmem/channel/streams.pyx":570
  *         self.enter()
  *         self.check_alone(direction)
  *         if direction == SEND:             # <<<<<<<<<<<<<<
@@ -14929,7 +15261,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/streams.pyx":553
+  /* "ivshmem/channel/streams.pyx":573
  *             n = ivshmem_send_begin(&self.stream, most, &pieces)
  *         else:
  *             n = ivshmem_receive_begin(&self.stream, most, &pieces)             # <<<<<<<<<<<<<<
@@ -14941,7 +15273,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/streams.pyx":554
+  /* "ivshmem/channel/streams.pyx":574
  *         else:
  *             n = ivshmem_receive_begin(&self.stream, most, &pieces)
  *         if n <= 0:             # <<<<<<<<<<<<<<
@@ -14953,7 +15285,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":555
+    /* "ivshmem/channel/streams.pyx":575
  *             n = ivshmem_receive_begin(&self.stream, most, &pieces)
  *         if n <= 0:
  *             if n == 0 or n == IVSHMEM_AGAIN or n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -14965,7 +15297,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
       case IVSHMEM_AGAIN:
       case IVSHMEM_CLOSED:
 
-      /* "ivshmem/channel/streams.pyx":556
+      /* "ivshmem/channel/streams.pyx":576
  *         if n <= 0:
  *             if n == 0 or n == IVSHMEM_AGAIN or n == IVSHMEM_CLOSED:
  *                 return n             # <<<<<<<<<<<<<<
@@ -14978,7 +15310,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":555
+      /* "ivshmem/channel/streams.pyx":575
  *             n = ivshmem_receive_begin(&self.stream, most, &pieces)
  *         if n <= 0:
  *             if n == 0 or n == IVSHMEM_AGAIN or n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -14989,20 +15321,20 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
       default: break;
     }
 
-    /* "ivshmem/channel/streams.pyx":557
+    /* "ivshmem/channel/streams.pyx":577
  *             if n == 0 or n == IVSHMEM_AGAIN or n == IVSHMEM_CLOSED:
  *                 return n
  *             raise self.fail(<int>n)             # <<<<<<<<<<<<<<
  *         vector[0].iov_base = pieces.first
  *         vector[0].iov_len = pieces.first_size
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 557, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 577, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 557, __pyx_L1_error)
+    __PYX_ERR(0, 577, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":554
+    /* "ivshmem/channel/streams.pyx":574
  *         else:
  *             n = ivshmem_receive_begin(&self.stream, most, &pieces)
  *         if n <= 0:             # <<<<<<<<<<<<<<
@@ -15011,7 +15343,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":558
+  /* "ivshmem/channel/streams.pyx":578
  *                 return n
  *             raise self.fail(<int>n)
  *         vector[0].iov_base = pieces.first             # <<<<<<<<<<<<<<
@@ -15022,7 +15354,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
 
   (__pyx_v_vector[0]).iov_base = __pyx_t_4;
 
-  /* "ivshmem/channel/streams.pyx":559
+  /* "ivshmem/channel/streams.pyx":579
  *             raise self.fail(<int>n)
  *         vector[0].iov_base = pieces.first
  *         vector[0].iov_len = pieces.first_size             # <<<<<<<<<<<<<<
@@ -15033,7 +15365,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
 
   (__pyx_v_vector[0]).iov_len = __pyx_t_5;
 
-  /* "ivshmem/channel/streams.pyx":560
+  /* "ivshmem/channel/streams.pyx":580
  *         vector[0].iov_base = pieces.first
  *         vector[0].iov_len = pieces.first_size
  *         vector[1].iov_base = pieces.second             # <<<<<<<<<<<<<<
@@ -15044,7 +15376,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
 
   (__pyx_v_vector[1]).iov_base = __pyx_t_4;
 
-  /* "ivshmem/channel/streams.pyx":561
+  /* "ivshmem/channel/streams.pyx":581
  *         vector[0].iov_len = pieces.first_size
  *         vector[1].iov_base = pieces.second
  *         vector[1].iov_len = pieces.second_size             # <<<<<<<<<<<<<<
@@ -15055,7 +15387,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
 
   (__pyx_v_vector[1]).iov_len = __pyx_t_5;
 
-  /* "ivshmem/channel/streams.pyx":562
+  /* "ivshmem/channel/streams.pyx":582
  *         vector[1].iov_base = pieces.second
  *         vector[1].iov_len = pieces.second_size
  *         found = n             # <<<<<<<<<<<<<<
@@ -15064,17 +15396,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
 */
   __pyx_v_found = __pyx_v_n;
 
-  /* "ivshmem/channel/streams.pyx":563
+  /* "ivshmem/channel/streams.pyx":583
  *         vector[1].iov_len = pieces.second_size
  *         found = n
  *         self.begin_copy()             # <<<<<<<<<<<<<<
  *         self.moving[direction] = True
  *         try:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.begin_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 563, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.begin_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 583, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":564
+  /* "ivshmem/channel/streams.pyx":584
  *         found = n
  *         self.begin_copy()
  *         self.moving[direction] = True             # <<<<<<<<<<<<<<
@@ -15083,7 +15415,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
 */
   (__pyx_v_self->moving[__pyx_v_direction]) = 1;
 
-  /* "ivshmem/channel/streams.pyx":565
+  /* "ivshmem/channel/streams.pyx":585
  *         self.begin_copy()
  *         self.moving[direction] = True
  *         try:             # <<<<<<<<<<<<<<
@@ -15092,7 +15424,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
 */
   /*try:*/ {
 
-    /* "ivshmem/channel/streams.pyx":566
+    /* "ivshmem/channel/streams.pyx":586
  *         self.moving[direction] = True
  *         try:
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -15105,7 +15437,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":567
+          /* "ivshmem/channel/streams.pyx":587
  *         try:
  *             with nogil:
  *                 if direction == SEND:             # <<<<<<<<<<<<<<
@@ -15117,7 +15449,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
           if (__pyx_t_2) {
 
 
-            /* "ivshmem/channel/streams.pyx":568
+            /* "ivshmem/channel/streams.pyx":588
  *             with nogil:
  *                 if direction == SEND:
  *                     n = readv(fd, vector, 2 if pieces.second_size else 1)             # <<<<<<<<<<<<<<
@@ -15137,7 +15469,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
             __pyx_v_n = readv(__pyx_v_fd, __pyx_v_vector, __pyx_t_1);
 
 
-            /* "ivshmem/channel/streams.pyx":567
+            /* "ivshmem/channel/streams.pyx":587
  *         try:
  *             with nogil:
  *                 if direction == SEND:             # <<<<<<<<<<<<<<
@@ -15147,7 +15479,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
             goto __pyx_L11;
           }
 
-          /* "ivshmem/channel/streams.pyx":570
+          /* "ivshmem/channel/streams.pyx":590
  *                     n = readv(fd, vector, 2 if pieces.second_size else 1)
  *                 else:
  *                     n = writev(fd, vector, 2 if pieces.second_size else 1)             # <<<<<<<<<<<<<<
@@ -15170,7 +15502,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
           }
           __pyx_L11:;
 
-          /* "ivshmem/channel/streams.pyx":571
+          /* "ivshmem/channel/streams.pyx":591
  *                 else:
  *                     n = writev(fd, vector, 2 if pieces.second_size else 1)
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -15182,7 +15514,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
           if (__pyx_t_2) {
 
 
-            /* "ivshmem/channel/streams.pyx":572
+            /* "ivshmem/channel/streams.pyx":592
  *                     n = writev(fd, vector, 2 if pieces.second_size else 1)
  *                 if n < 0:
  *                     code = errno             # <<<<<<<<<<<<<<
@@ -15191,7 +15523,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
 */
             __pyx_v_code = errno;
 
-            /* "ivshmem/channel/streams.pyx":571
+            /* "ivshmem/channel/streams.pyx":591
  *                 else:
  *                     n = writev(fd, vector, 2 if pieces.second_size else 1)
  *                 if n < 0:             # <<<<<<<<<<<<<<
@@ -15201,7 +15533,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
           }
         }
 
-        /* "ivshmem/channel/streams.pyx":566
+        /* "ivshmem/channel/streams.pyx":586
  *         self.moving[direction] = True
  *         try:
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -15219,7 +15551,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
     }
   }
 
-  /* "ivshmem/channel/streams.pyx":574
+  /* "ivshmem/channel/streams.pyx":594
  *                     code = errno
  *         finally:
  *             self.moving[direction] = False             # <<<<<<<<<<<<<<
@@ -15230,21 +15562,21 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
     /*normal exit:*/{
       (__pyx_v_self->moving[__pyx_v_direction]) = 0;
 
-      /* "ivshmem/channel/streams.pyx":575
+      /* "ivshmem/channel/streams.pyx":595
  *         finally:
  *             self.moving[direction] = False
  *             self.end_copy()             # <<<<<<<<<<<<<<
  *         if n < 0:
  *             if code == EAGAIN:
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 575, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 595, __pyx_L1_error)
 
       goto __pyx_L7;
     }
     __pyx_L7:;
   }
 
-  /* "ivshmem/channel/streams.pyx":576
+  /* "ivshmem/channel/streams.pyx":596
  *             self.moving[direction] = False
  *             self.end_copy()
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -15256,7 +15588,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":577
+    /* "ivshmem/channel/streams.pyx":597
  *             self.end_copy()
  *         if n < 0:
  *             if code == EAGAIN:             # <<<<<<<<<<<<<<
@@ -15268,7 +15600,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":578
+      /* "ivshmem/channel/streams.pyx":598
  *         if n < 0:
  *             if code == EAGAIN:
  *                 return FD_WAITS             # <<<<<<<<<<<<<<
@@ -15281,7 +15613,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":577
+      /* "ivshmem/channel/streams.pyx":597
  *             self.end_copy()
  *         if n < 0:
  *             if code == EAGAIN:             # <<<<<<<<<<<<<<
@@ -15290,7 +15622,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":579
+    /* "ivshmem/channel/streams.pyx":599
  *             if code == EAGAIN:
  *                 return FD_WAITS
  *             if code == EINTR:             # <<<<<<<<<<<<<<
@@ -15302,17 +15634,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":580
+      /* "ivshmem/channel/streams.pyx":600
  *                 return FD_WAITS
  *             if code == EINTR:
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *                 return INTERRUPTED
  *             raise OSError(code, os.strerror(code), f"descriptor {fd}")
 */
-      __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 580, __pyx_L1_error)
+      __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 600, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":581
+      /* "ivshmem/channel/streams.pyx":601
  *             if code == EINTR:
  *                 PyErr_CheckSignals()
  *                 return INTERRUPTED             # <<<<<<<<<<<<<<
@@ -15325,7 +15657,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":579
+      /* "ivshmem/channel/streams.pyx":599
  *             if code == EAGAIN:
  *                 return FD_WAITS
  *             if code == EINTR:             # <<<<<<<<<<<<<<
@@ -15334,7 +15666,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":582
+    /* "ivshmem/channel/streams.pyx":602
  *                 PyErr_CheckSignals()
  *                 return INTERRUPTED
  *             raise OSError(code, os.strerror(code), f"descriptor {fd}")             # <<<<<<<<<<<<<<
@@ -15342,15 +15674,15 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
  *         self.partly = n < found
 */
     __pyx_t_6 = NULL;
-    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 582, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 602, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_9 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 582, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 602, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_11 = __Pyx_PyObject_GetAttrStr(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_strerror); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 582, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyObject_GetAttrStr(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_strerror); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 602, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-    __pyx_t_10 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 582, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 602, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __pyx_t_12 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -15370,12 +15702,12 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 582, __pyx_L1_error)
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 602, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
     }
-    __pyx_t_11 = __Pyx_PyUnicode_From_int(__pyx_v_fd, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 582, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyUnicode_From_int(__pyx_v_fd, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 602, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_10 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_descriptor, __pyx_t_11); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 582, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_descriptor, __pyx_t_11); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 602, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
     __pyx_t_12 = 1;
@@ -15386,14 +15718,14 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 582, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 602, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 582, __pyx_L1_error)
+    __PYX_ERR(0, 602, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":576
+    /* "ivshmem/channel/streams.pyx":596
  *             self.moving[direction] = False
  *             self.end_copy()
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -15402,17 +15734,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":583
+  /* "ivshmem/channel/streams.pyx":603
  *                 return INTERRUPTED
  *             raise OSError(code, os.strerror(code), f"descriptor {fd}")
  *         self.enter()  # another thread can have closed it             # <<<<<<<<<<<<<<
  *         self.partly = n < found
  *         if direction == SEND:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 583, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 603, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":584
+  /* "ivshmem/channel/streams.pyx":604
  *             raise OSError(code, os.strerror(code), f"descriptor {fd}")
  *         self.enter()  # another thread can have closed it
  *         self.partly = n < found             # <<<<<<<<<<<<<<
@@ -15421,7 +15753,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
 */
   __pyx_v_self->partly = (__pyx_v_n < __pyx_v_found);
 
-  /* "ivshmem/channel/streams.pyx":585
+  /* "ivshmem/channel/streams.pyx":605
  *         self.enter()  # another thread can have closed it
  *         self.partly = n < found
  *         if direction == SEND:             # <<<<<<<<<<<<<<
@@ -15433,7 +15765,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":586
+    /* "ivshmem/channel/streams.pyx":606
  *         self.partly = n < found
  *         if direction == SEND:
  *             if n:             # <<<<<<<<<<<<<<
@@ -15445,7 +15777,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":587
+      /* "ivshmem/channel/streams.pyx":607
  *         if direction == SEND:
  *             if n:
  *                 ivshmem_send_end(&self.stream, n)             # <<<<<<<<<<<<<<
@@ -15454,7 +15786,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
 */
       ivshmem_send_end((&__pyx_v_self->stream), __pyx_v_n);
 
-      /* "ivshmem/channel/streams.pyx":586
+      /* "ivshmem/channel/streams.pyx":606
  *         self.partly = n < found
  *         if direction == SEND:
  *             if n:             # <<<<<<<<<<<<<<
@@ -15463,7 +15795,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":585
+    /* "ivshmem/channel/streams.pyx":605
  *         self.enter()  # another thread can have closed it
  *         self.partly = n < found
  *         if direction == SEND:             # <<<<<<<<<<<<<<
@@ -15473,7 +15805,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
     goto __pyx_L16;
   }
 
-  /* "ivshmem/channel/streams.pyx":589
+  /* "ivshmem/channel/streams.pyx":609
  *                 ivshmem_send_end(&self.stream, n)
  *         else:
  *             ivshmem_receive_end(&self.stream, n)             # <<<<<<<<<<<<<<
@@ -15485,7 +15817,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
   }
   __pyx_L16:;
 
-  /* "ivshmem/channel/streams.pyx":590
+  /* "ivshmem/channel/streams.pyx":610
  *         else:
  *             ivshmem_receive_end(&self.stream, n)
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -15497,17 +15829,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":591
+    /* "ivshmem/channel/streams.pyx":611
  *             ivshmem_receive_end(&self.stream, n)
  *         if self.membership.rings.count:
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         return n
  * 
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 591, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 611, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":590
+    /* "ivshmem/channel/streams.pyx":610
  *         else:
  *             ivshmem_receive_end(&self.stream, n)
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -15516,7 +15848,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":592
+  /* "ivshmem/channel/streams.pyx":612
  *         if self.membership.rings.count:
  *             self.membership.flush()
  *         return n             # <<<<<<<<<<<<<<
@@ -15529,7 +15861,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":542
+  /* "ivshmem/channel/streams.pyx":562
  *         return n
  * 
  *     cdef int64_t move_once(self, int direction, int fd, uint64_t most) except -100:             # <<<<<<<<<<<<<<
@@ -15559,7 +15891,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move_once(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":594
+/* "ivshmem/channel/streams.pyx":614
  *         return n
  * 
  *     cdef object move_in_time(self, int direction, object fd, object size):             # <<<<<<<<<<<<<<
@@ -15592,7 +15924,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("move_in_time", 0);
 
-  /* "ivshmem/channel/streams.pyx":596
+  /* "ivshmem/channel/streams.pyx":616
  *     cdef object move_in_time(self, int direction, object fd, object size):
  *         cdef int64_t n
  *         cdef int number = fd if isinstance(fd, int) else fd.fileno()             # <<<<<<<<<<<<<<
@@ -15601,7 +15933,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
   __pyx_t_2 = PyLong_Check(__pyx_v_fd); 
   if (__pyx_t_2) {
-    __pyx_t_3 = __Pyx_PyLong_As_int(__pyx_v_fd); if (unlikely((__pyx_t_3 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 596, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_As_int(__pyx_v_fd); if (unlikely((__pyx_t_3 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 616, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   } else {
     __pyx_t_5 = __pyx_v_fd;
@@ -15611,17 +15943,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
       PyObject *__pyx_callargs[2] = {__pyx_t_5, NULL};
       __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 596, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 616, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
-    __pyx_t_3 = __Pyx_PyLong_As_int(__pyx_t_4); if (unlikely((__pyx_t_3 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 596, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_As_int(__pyx_t_4); if (unlikely((__pyx_t_3 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 616, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_number = __pyx_t_1;
 
-  /* "ivshmem/channel/streams.pyx":597
+  /* "ivshmem/channel/streams.pyx":617
  *         cdef int64_t n
  *         cdef int number = fd if isinstance(fd, int) else fd.fileno()
  *         cdef uint64_t most = UINT64_MAX             # <<<<<<<<<<<<<<
@@ -15630,7 +15962,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
   __pyx_v_most = UINT64_MAX;
 
-  /* "ivshmem/channel/streams.pyx":598
+  /* "ivshmem/channel/streams.pyx":618
  *         cdef int number = fd if isinstance(fd, int) else fd.fileno()
  *         cdef uint64_t most = UINT64_MAX
  *         if size is not None:             # <<<<<<<<<<<<<<
@@ -15641,18 +15973,18 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/streams.pyx":599
+    /* "ivshmem/channel/streams.pyx":619
  *         cdef uint64_t most = UINT64_MAX
  *         if size is not None:
  *             if size < 0:             # <<<<<<<<<<<<<<
  *                 raise ValueError(f"cannot move {size} bytes")
  *             most = size
 */
-    __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_v_size, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 599, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_v_size, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 619, __pyx_L1_error)
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/channel/streams.pyx":600
+      /* "ivshmem/channel/streams.pyx":620
  *         if size is not None:
  *             if size < 0:
  *                 raise ValueError(f"cannot move {size} bytes")             # <<<<<<<<<<<<<<
@@ -15660,7 +15992,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
  *             if most == 0:
 */
       __pyx_t_5 = NULL;
-      __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 600, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 620, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_cannot_move;
       __pyx_t_8[1] = __pyx_t_7;
@@ -15674,7 +16006,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
       __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_8[1]);
       #endif
       __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_8, 3, __pyx_t_9, __pyx_t_1);
-      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 600, __pyx_L1_error)
+      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 620, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __pyx_t_6 = 1;
@@ -15683,14 +16015,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
         __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 600, __pyx_L1_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 620, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       __Pyx_Raise(__pyx_t_4, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __PYX_ERR(0, 600, __pyx_L1_error)
+      __PYX_ERR(0, 620, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":599
+      /* "ivshmem/channel/streams.pyx":619
  *         cdef uint64_t most = UINT64_MAX
  *         if size is not None:
  *             if size < 0:             # <<<<<<<<<<<<<<
@@ -15699,17 +16031,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":601
+    /* "ivshmem/channel/streams.pyx":621
  *             if size < 0:
  *                 raise ValueError(f"cannot move {size} bytes")
  *             most = size             # <<<<<<<<<<<<<<
  *             if most == 0:
  *                 raise ValueError("0 bytes: it would look like the end")
 */
-    __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_v_size); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 601, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_v_size); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 621, __pyx_L1_error)
     __pyx_v_most = __pyx_t_11;
 
-    /* "ivshmem/channel/streams.pyx":602
+    /* "ivshmem/channel/streams.pyx":622
  *                 raise ValueError(f"cannot move {size} bytes")
  *             most = size
  *             if most == 0:             # <<<<<<<<<<<<<<
@@ -15721,7 +16053,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/channel/streams.pyx":603
+      /* "ivshmem/channel/streams.pyx":623
  *             most = size
  *             if most == 0:
  *                 raise ValueError("0 bytes: it would look like the end")             # <<<<<<<<<<<<<<
@@ -15734,14 +16066,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
         PyObject *__pyx_callargs[2] = {__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_0_bytes_it_would_look_like_the_e};
         __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 603, __pyx_L1_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 623, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       __Pyx_Raise(__pyx_t_4, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __PYX_ERR(0, 603, __pyx_L1_error)
+      __PYX_ERR(0, 623, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":602
+      /* "ivshmem/channel/streams.pyx":622
  *                 raise ValueError(f"cannot move {size} bytes")
  *             most = size
  *             if most == 0:             # <<<<<<<<<<<<<<
@@ -15750,7 +16082,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":598
+    /* "ivshmem/channel/streams.pyx":618
  *         cdef int number = fd if isinstance(fd, int) else fd.fileno()
  *         cdef uint64_t most = UINT64_MAX
  *         if size is not None:             # <<<<<<<<<<<<<<
@@ -15759,7 +16091,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":604
+  /* "ivshmem/channel/streams.pyx":624
  *             if most == 0:
  *                 raise ValueError("0 bytes: it would look like the end")
  *         timeout = self.timeout             # <<<<<<<<<<<<<<
@@ -15771,7 +16103,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
   __pyx_v_timeout = __pyx_t_4;
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":605
+  /* "ivshmem/channel/streams.pyx":625
  *                 raise ValueError("0 bytes: it would look like the end")
  *         timeout = self.timeout
  *         deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -15779,7 +16111,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
  *         while True:
 */
   __pyx_t_10 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 605, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 625, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -15798,13 +16130,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
     __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 605, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 625, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
   }
   __pyx_v_deadline = __pyx_t_4;
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":606
+  /* "ivshmem/channel/streams.pyx":626
  *         timeout = self.timeout
  *         deadline = deadline_of(timeout)
  *         self.tried |= 1 << direction             # <<<<<<<<<<<<<<
@@ -15813,7 +16145,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
   __pyx_v_self->tried = (__pyx_v_self->tried | (1 << __pyx_v_direction));
 
-  /* "ivshmem/channel/streams.pyx":607
+  /* "ivshmem/channel/streams.pyx":627
  *         deadline = deadline_of(timeout)
  *         self.tried |= 1 << direction
  *         while True:             # <<<<<<<<<<<<<<
@@ -15822,17 +16154,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
   while (1) {
 
-    /* "ivshmem/channel/streams.pyx":608
+    /* "ivshmem/channel/streams.pyx":628
  *         self.tried |= 1 << direction
  *         while True:
  *             n = self.move(direction, number, most)             # <<<<<<<<<<<<<<
  *             if n >= 0:
  *                 return n
 */
-    __pyx_t_12 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move(__pyx_v_self, __pyx_v_direction, __pyx_v_number, __pyx_v_most); if (unlikely(__pyx_t_12 == ((int64_t)-100L))) __PYX_ERR(0, 608, __pyx_L1_error)
+    __pyx_t_12 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move(__pyx_v_self, __pyx_v_direction, __pyx_v_number, __pyx_v_most); if (unlikely(__pyx_t_12 == ((int64_t)-100L))) __PYX_ERR(0, 628, __pyx_L1_error)
     __pyx_v_n = __pyx_t_12;
 
-    /* "ivshmem/channel/streams.pyx":609
+    /* "ivshmem/channel/streams.pyx":629
  *         while True:
  *             n = self.move(direction, number, most)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -15844,14 +16176,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":610
+      /* "ivshmem/channel/streams.pyx":630
  *             n = self.move(direction, number, most)
  *             if n >= 0:
  *                 return n             # <<<<<<<<<<<<<<
  *             if n == FD_WAITS:
  *                 return None
 */
-      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 610, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 630, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       {
         PyObject *__pyx_temp;
@@ -15864,7 +16196,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
       __pyx_t_4 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":609
+      /* "ivshmem/channel/streams.pyx":629
  *         while True:
  *             n = self.move(direction, number, most)
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -15873,7 +16205,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":611
+    /* "ivshmem/channel/streams.pyx":631
  *             if n >= 0:
  *                 return n
  *             if n == FD_WAITS:             # <<<<<<<<<<<<<<
@@ -15885,7 +16217,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":612
+      /* "ivshmem/channel/streams.pyx":632
  *                 return n
  *             if n == FD_WAITS:
  *                 return None             # <<<<<<<<<<<<<<
@@ -15902,7 +16234,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":611
+      /* "ivshmem/channel/streams.pyx":631
  *             if n >= 0:
  *                 return n
  *             if n == FD_WAITS:             # <<<<<<<<<<<<<<
@@ -15911,7 +16243,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":613
+    /* "ivshmem/channel/streams.pyx":633
  *             if n == FD_WAITS:
  *                 return None
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -15923,20 +16255,20 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/channel/streams.pyx":614
+      /* "ivshmem/channel/streams.pyx":634
  *                 return None
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(direction)             # <<<<<<<<<<<<<<
  *             self.await_half(direction, timeout, deadline)
  * 
 */
-      __pyx_t_4 = __pyx_f_7ivshmem_7channel_7streams_6Stream_broken(__pyx_v_self, __pyx_v_direction); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 614, __pyx_L1_error)
+      __pyx_t_4 = __pyx_f_7ivshmem_7channel_7streams_6Stream_broken(__pyx_v_self, __pyx_v_direction); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 634, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       __Pyx_Raise(__pyx_t_4, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __PYX_ERR(0, 614, __pyx_L1_error)
+      __PYX_ERR(0, 634, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":613
+      /* "ivshmem/channel/streams.pyx":633
  *             if n == FD_WAITS:
  *                 return None
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -15945,18 +16277,18 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":615
+    /* "ivshmem/channel/streams.pyx":635
  *             if n == IVSHMEM_CLOSED:
  *                 raise self.broken(direction)
  *             self.await_half(direction, timeout, deadline)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_v_direction, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 615, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_v_direction, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 635, __pyx_L1_error)
 
   }
 
-  /* "ivshmem/channel/streams.pyx":594
+  /* "ivshmem/channel/streams.pyx":614
  *         return n
  * 
  *     cdef object move_in_time(self, int direction, object fd, object size):             # <<<<<<<<<<<<<<
@@ -15985,7 +16317,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":617
+/* "ivshmem/channel/streams.pyx":637
  *             self.await_half(direction, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -16034,24 +16366,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 617, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 637, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 617, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 637, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 617, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 637, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "read_from", 0) < (0)) __PYX_ERR(0, 617, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "read_from", 0) < (0)) __PYX_ERR(0, 637, __pyx_L3_error)
 
-      /* "ivshmem/channel/streams.pyx":618
+      /* "ivshmem/channel/streams.pyx":638
  * 
  *     @cython.critical_section
  *     def read_from(self, fd, size=None):             # <<<<<<<<<<<<<<
@@ -16060,17 +16392,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 */
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("read_from", 0, 1, 2, i); __PYX_ERR(0, 617, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("read_from", 0, 1, 2, i); __PYX_ERR(0, 637, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 617, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 637, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 617, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 637, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -16081,7 +16413,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("read_from", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 617, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("read_from", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 637, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -16094,7 +16426,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_25read_from(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_fd, __pyx_v_size);
 
-  /* "ivshmem/channel/streams.pyx":617
+  /* "ivshmem/channel/streams.pyx":637
  *             self.await_half(direction, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -16127,14 +16459,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25read_from(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":637
+        /* "ivshmem/channel/streams.pyx":657
  *             ChannelCorrupt, ClosedError: as of all calls.
  *         """
  *         return self.move_in_time(SEND, fd, size)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND, __pyx_v_fd, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 637, __pyx_L4_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND, __pyx_v_fd, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 657, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -16149,7 +16481,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25read_from(struct 
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":617
+      /* "ivshmem/channel/streams.pyx":637
  *             self.await_half(direction, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -16187,7 +16519,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25read_from(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":639
+/* "ivshmem/channel/streams.pyx":659
  *         return self.move_in_time(SEND, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -16236,24 +16568,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 639, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 659, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 639, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 659, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 639, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 659, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "write_to", 0) < (0)) __PYX_ERR(0, 639, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "write_to", 0) < (0)) __PYX_ERR(0, 659, __pyx_L3_error)
 
-      /* "ivshmem/channel/streams.pyx":640
+      /* "ivshmem/channel/streams.pyx":660
  * 
  *     @cython.critical_section
  *     def write_to(self, fd, size=None):             # <<<<<<<<<<<<<<
@@ -16262,17 +16594,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 */
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("write_to", 0, 1, 2, i); __PYX_ERR(0, 639, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("write_to", 0, 1, 2, i); __PYX_ERR(0, 659, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 639, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 659, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 639, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 659, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -16283,7 +16615,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("write_to", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 639, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("write_to", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 659, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -16296,7 +16628,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_27write_to(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_fd, __pyx_v_size);
 
-  /* "ivshmem/channel/streams.pyx":639
+  /* "ivshmem/channel/streams.pyx":659
  *         return self.move_in_time(SEND, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -16329,14 +16661,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_27write_to(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":659
+        /* "ivshmem/channel/streams.pyx":679
  *             ChannelCorrupt, ClosedError: as of all calls.
  *         """
  *         return self.move_in_time(RECEIVE, fd, size)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE, __pyx_v_fd, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 659, __pyx_L4_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE, __pyx_v_fd, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 679, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -16351,7 +16683,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_27write_to(struct _
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":639
+      /* "ivshmem/channel/streams.pyx":659
  *         return self.move_in_time(SEND, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -16389,7 +16721,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_27write_to(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":661
+/* "ivshmem/channel/streams.pyx":681
  *         return self.move_in_time(RECEIVE, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -16458,24 +16790,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_29_silence(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":664
+        /* "ivshmem/channel/streams.pyx":684
  *     def _silence(self):
  *         """Return for how many seconds the other end's process has shown no sign of life."""
  *         self.enter()             # <<<<<<<<<<<<<<
  *         return ivshmem_stream_silence(&self.stream) / 1e9
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 664, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 684, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":665
+        /* "ivshmem/channel/streams.pyx":685
  *         """Return for how many seconds the other end's process has shown no sign of life."""
  *         self.enter()
  *         return ivshmem_stream_silence(&self.stream) / 1e9             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_3 = PyFloat_FromDouble((((double)ivshmem_stream_silence((&__pyx_v_self->stream))) / 1e9)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 665, __pyx_L4_error)
+        __pyx_t_3 = PyFloat_FromDouble((((double)ivshmem_stream_silence((&__pyx_v_self->stream))) / 1e9)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 685, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
         {
           PyObject *__pyx_temp;
@@ -16490,7 +16822,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_29_silence(struct _
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":661
+      /* "ivshmem/channel/streams.pyx":681
  *         return self.move_in_time(RECEIVE, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -16528,7 +16860,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_29_silence(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":667
+/* "ivshmem/channel/streams.pyx":687
  *         return ivshmem_stream_silence(&self.stream) / 1e9
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -16576,32 +16908,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_how,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 667, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 687, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 667, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 687, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "shutdown", 0) < (0)) __PYX_ERR(0, 667, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "shutdown", 0) < (0)) __PYX_ERR(0, 687, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, i); __PYX_ERR(0, 667, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, i); __PYX_ERR(0, 687, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 667, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 687, __pyx_L3_error)
     }
-    __pyx_v_how = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_how == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 668, __pyx_L3_error)
+    __pyx_v_how = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_how == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 688, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 667, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 687, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -16648,7 +16980,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":676
+        /* "ivshmem/channel/streams.pyx":696
  *             RuntimeError: another thread sends at this moment, and its bytes would follow the end.
  *         """
  *         if not 0 <= how <= 2:             # <<<<<<<<<<<<<<
@@ -16665,7 +16997,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/streams.pyx":677
+          /* "ivshmem/channel/streams.pyx":697
  *         """
  *         if not 0 <= how <= 2:
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")             # <<<<<<<<<<<<<<
@@ -16673,7 +17005,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
  *         if how != 0:
 */
           __pyx_t_5 = NULL;
-          __pyx_t_6 = __Pyx_PyUnicode_From_int(__pyx_v_how, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 677, __pyx_L4_error)
+          __pyx_t_6 = __Pyx_PyUnicode_From_int(__pyx_v_how, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 697, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
           __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_how_2;
           __pyx_t_7[1] = __pyx_t_6;
@@ -16684,7 +17016,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
           #endif
           __pyx_t_9 = 0;
           __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_9);
-          if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 677, __pyx_L4_error)
+          if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 697, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
           __pyx_t_11 = 1;
@@ -16693,14 +17025,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 677, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 697, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_Raise(__pyx_t_4, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __PYX_ERR(0, 677, __pyx_L4_error)
+          __PYX_ERR(0, 697, __pyx_L4_error)
 
-          /* "ivshmem/channel/streams.pyx":676
+          /* "ivshmem/channel/streams.pyx":696
  *             RuntimeError: another thread sends at this moment, and its bytes would follow the end.
  *         """
  *         if not 0 <= how <= 2:             # <<<<<<<<<<<<<<
@@ -16709,17 +17041,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
 */
         }
 
-        /* "ivshmem/channel/streams.pyx":678
+        /* "ivshmem/channel/streams.pyx":698
  *         if not 0 <= how <= 2:
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")
  *         self.enter()             # <<<<<<<<<<<<<<
  *         if how != 0:
  *             self.check_alone(SEND)
 */
-        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 678, __pyx_L4_error)
+        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 698, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":679
+        /* "ivshmem/channel/streams.pyx":699
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")
  *         self.enter()
  *         if how != 0:             # <<<<<<<<<<<<<<
@@ -16731,17 +17063,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/streams.pyx":680
+          /* "ivshmem/channel/streams.pyx":700
  *         self.enter()
  *         if how != 0:
  *             self.check_alone(SEND)             # <<<<<<<<<<<<<<
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)
  *         self.membership.flush()
 */
-          __pyx_t_9 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 680, __pyx_L4_error)
+          __pyx_t_9 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 700, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/streams.pyx":679
+          /* "ivshmem/channel/streams.pyx":699
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")
  *         self.enter()
  *         if how != 0:             # <<<<<<<<<<<<<<
@@ -16750,7 +17082,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
 */
         }
 
-        /* "ivshmem/channel/streams.pyx":681
+        /* "ivshmem/channel/streams.pyx":701
  *         if how != 0:
  *             self.check_alone(SEND)
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)             # <<<<<<<<<<<<<<
@@ -16759,18 +17091,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
 */
         ivshmem_stream_shutdown((&__pyx_v_self->stream), (__pyx_v_how != 0), (__pyx_v_how != 1));
 
-        /* "ivshmem/channel/streams.pyx":682
+        /* "ivshmem/channel/streams.pyx":702
  *             self.check_alone(SEND)
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)
  *         self.membership.flush()             # <<<<<<<<<<<<<<
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):
 */
-        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 682, __pyx_L4_error)
+        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 702, __pyx_L4_error)
 
       }
 
-      /* "ivshmem/channel/streams.pyx":667
+      /* "ivshmem/channel/streams.pyx":687
  *         return ivshmem_stream_silence(&self.stream) / 1e9
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -16808,7 +17140,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31shutdown(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":684
+/* "ivshmem/channel/streams.pyx":704
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
@@ -16860,22 +17192,22 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mode,&__pyx_mstate_global->__pyx_n_u_buffering,&__pyx_mstate_global->__pyx_n_u_encoding,&__pyx_mstate_global->__pyx_n_u_errors,&__pyx_mstate_global->__pyx_n_u_newline,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 684, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 704, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 684, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 704, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 684, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 704, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "makefile", 0) < (0)) __PYX_ERR(0, 684, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "makefile", 0) < (0)) __PYX_ERR(0, 704, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_r));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
@@ -16885,11 +17217,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 684, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 704, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 684, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 704, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -16908,7 +17240,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("makefile", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 684, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("makefile", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 704, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -16942,15 +17274,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_33makefile(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("makefile", 0);
 
-  /* "ivshmem/channel/streams.pyx":686
+  /* "ivshmem/channel/streams.pyx":706
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):
  *         """Return a file over the connection, as of a socket. To close it leaves this end open."""
  *         return stream_files.over(self, mode, buffering, encoding, errors, newline)             # <<<<<<<<<<<<<<
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_stream_files); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 686, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_stream_files); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 706, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_over); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 686, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_over); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 706, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -16970,7 +17302,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_33makefile(struct _
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (7-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 686, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 706, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -16984,7 +17316,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_33makefile(struct _
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":684
+  /* "ivshmem/channel/streams.pyx":704
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
@@ -18088,6 +18420,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_StreamList
   __pyx_vtable_7ivshmem_7channel_7streams_StreamListener.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_14StreamListener_end_sleep;
   __pyx_vtable_7ivshmem_7channel_7streams_StreamListener.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore;
   __pyx_vtable_7ivshmem_7channel_7streams_StreamListener.__pyx_base.give_up = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up;
+  __pyx_vtable_7ivshmem_7channel_7streams_StreamListener.__pyx_base.pass_on = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_14StreamListener_pass_on;
+  __pyx_vtable_7ivshmem_7channel_7streams_StreamListener.next_caller = (int (*)(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *, struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, PyObject *, PyObject *))__pyx_f_7ivshmem_7channel_7streams_14StreamListener_next_caller;
   #if CYTHON_USE_TYPE_SPECS
   __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 36, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
@@ -18156,11 +18490,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Stream(__p
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.move_once = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, int, uint64_t))__pyx_f_7ivshmem_7channel_7streams_6Stream_move_once;
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.move_in_time = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, PyObject *, PyObject *))__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 235, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 255, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams_Stream_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream)) __PYX_ERR(0, 235, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream)) __PYX_ERR(0, 255, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream = &__pyx_type_7ivshmem_7channel_7streams_Stream;
   #endif
@@ -18168,7 +18502,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Stream(__p
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 235, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 255, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream);
@@ -18178,12 +18512,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Stream(__p
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_vtabptr_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 235, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Stream, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 235, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_vtabptr_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 255, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Stream, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 255, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7streams_Stream, __pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 235, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 255, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -18210,11 +18544,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Half(__pyx
   __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.sleeper = (struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *(*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_4Half_sleeper;
   __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.probe = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *))__pyx_f_7ivshmem_7channel_7streams_4Half_probe;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 203, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 223, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams_Half_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half)) __PYX_ERR(0, 203, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half)) __PYX_ERR(0, 223, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half = &__pyx_type_7ivshmem_7channel_7streams_Half;
   #endif
@@ -18222,7 +18556,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Half(__pyx
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 203, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 223, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half);
@@ -18232,12 +18566,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Half(__pyx
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half, __pyx_vtabptr_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 203, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Half, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 203, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half, __pyx_vtabptr_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 223, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Half, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 223, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7streams_Half, __pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 203, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 223, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -18255,14 +18589,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async)) __PYX_ERR(0, 508, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async)) __PYX_ERR(0, 528, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async = &__pyx_type_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async) < (0)) __PYX_ERR(0, 508, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async) < (0)) __PYX_ERR(0, 528, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async);
@@ -19009,33 +19343,33 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/streams.pyx":76
- *         return 0
+  /* "ivshmem/channel/streams.pyx":99
+ *                 return IVSHMEM_AGAIN
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def accept(self, timeout=None, *, spin=None):
  *         """Accept the next connection.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 76, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 99, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/streams.pyx":77
+  /* "ivshmem/channel/streams.pyx":100
  * 
  *     @cython.critical_section
  *     def accept(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Accept the next connection.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 76, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 99, __pyx_L1_error)
 
-  /* "ivshmem/channel/streams.pyx":76
- *         return 0
+  /* "ivshmem/channel/streams.pyx":99
+ *                 return IVSHMEM_AGAIN
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def accept(self, timeout=None, *, spin=None):
  *         """Accept the next connection.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_14StreamListener_3accept, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamListener_accept, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 76, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_14StreamListener_3accept, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamListener_accept, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 99, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -19043,23 +19377,23 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_mstate_global->__pyx_n_u_accept, __pyx_t_4) < (0)) __PYX_ERR(0, 76, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_mstate_global->__pyx_n_u_accept, __pyx_t_4) < (0)) __PYX_ERR(0, 99, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":107
- *                 return None
+  /* "ivshmem/channel/streams.pyx":127
+ *                 self.pass_on()
  * 
  *     def accept_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `accept` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.accept, timeout, ())
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_14StreamListener_5accept_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamListener_accept_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 107, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_14StreamListener_5accept_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamListener_accept_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 127, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_mstate_global->__pyx_n_u_accept_async, __pyx_t_4) < (0)) __PYX_ERR(0, 107, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_mstate_global->__pyx_n_u_accept_async, __pyx_t_4) < (0)) __PYX_ERR(0, 127, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -19089,19 +19423,19 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":124
+  /* "ivshmem/channel/streams.pyx":144
  * 
  * 
  * def connect(channels, Membership membership not None, dict found not None):             # <<<<<<<<<<<<<<
  *     """Return a Stream to a listener of a channel.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_1connect, 0, __pyx_mstate_global->__pyx_n_u_connect, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 124, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_1connect, 0, __pyx_mstate_global->__pyx_n_u_connect, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 144, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_connect, __pyx_t_4) < (0)) __PYX_ERR(0, 124, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_connect, __pyx_t_4) < (0)) __PYX_ERR(0, 144, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -19131,264 +19465,264 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":311
+  /* "ivshmem/channel/streams.pyx":331
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def abort(self):
  *         """Close at once, so that the other end sees a reset instead of an end.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_1abort, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_abort, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 311, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_1abort, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_abort, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 331, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_abort, __pyx_t_4) < (0)) __PYX_ERR(0, 311, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_abort, __pyx_t_4) < (0)) __PYX_ERR(0, 331, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":324
+  /* "ivshmem/channel/streams.pyx":344
  *     # As a socket.
  * 
  *     def settimeout(self, timeout):             # <<<<<<<<<<<<<<
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_3settimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_settimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 324, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_3settimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_settimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 344, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_settimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 324, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_settimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 344, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":330
+  /* "ivshmem/channel/streams.pyx":350
  *         self.timeout = timeout
  * 
  *     def gettimeout(self):             # <<<<<<<<<<<<<<
  *         """Return what `settimeout` set; None: no limit."""
  *         return self.timeout
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_5gettimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_gettimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 330, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_5gettimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_gettimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 350, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_gettimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 330, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_gettimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 350, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":334
+  /* "ivshmem/channel/streams.pyx":354
  *         return self.timeout
  * 
  *     def setblocking(self, flag):             # <<<<<<<<<<<<<<
  *         """True: as settimeout(None); False: as settimeout(0)."""
  *         self.timeout = None if flag else 0
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_7setblocking, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_setblocking, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 334, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_7setblocking, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_setblocking, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 354, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_setblocking, __pyx_t_4) < (0)) __PYX_ERR(0, 334, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_setblocking, __pyx_t_4) < (0)) __PYX_ERR(0, 354, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":354
+  /* "ivshmem/channel/streams.pyx":374
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def send(self, data):
  *         """Send what there is room for, at least a byte; return how many bytes that were.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_9send, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_send, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 354, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_9send, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_send, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 374, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send, __pyx_t_4) < (0)) __PYX_ERR(0, 354, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send, __pyx_t_4) < (0)) __PYX_ERR(0, 374, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":413
+  /* "ivshmem/channel/streams.pyx":433
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def sendall(self, data):
  *         """Send all of a buffer. The time limit is for all of it; otherwise as `send`.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_11sendall, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_sendall, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 413, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_11sendall, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_sendall, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 433, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall, __pyx_t_4) < (0)) __PYX_ERR(0, 413, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall, __pyx_t_4) < (0)) __PYX_ERR(0, 433, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":456
+  /* "ivshmem/channel/streams.pyx":476
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def recv(self, Py_ssize_t size):
  *         """Receive at most `size` bytes, at least one; b"": the other end sends no more.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_13recv, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 456, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_13recv, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 476, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv, __pyx_t_4) < (0)) __PYX_ERR(0, 456, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv, __pyx_t_4) < (0)) __PYX_ERR(0, 476, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":478
+  /* "ivshmem/channel/streams.pyx":498
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def recv_into(self, buffer, Py_ssize_t nbytes=0):
  *         """Receive into a buffer; return how many bytes, 0: the other end sends no more.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_15recv_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 478, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_15recv_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 498, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[1]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_into, __pyx_t_4) < (0)) __PYX_ERR(0, 478, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_into, __pyx_t_4) < (0)) __PYX_ERR(0, 498, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":499
+  /* "ivshmem/channel/streams.pyx":519
  *             PyBuffer_Release(&view)
  * 
  *     def recv_async(self, Py_ssize_t size, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `recv` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_17recv_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 499, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_17recv_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 519, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_async, __pyx_t_4) < (0)) __PYX_ERR(0, 499, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_async, __pyx_t_4) < (0)) __PYX_ERR(0, 519, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":503
+  /* "ivshmem/channel/streams.pyx":523
  *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _recv_now(self, size):
  *         """Receive as after settimeout(0), whatever another thread has set."""
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_19_recv_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__recv_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 503, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_19_recv_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__recv_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 523, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_now, __pyx_t_4) < (0)) __PYX_ERR(0, 503, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_now, __pyx_t_4) < (0)) __PYX_ERR(0, 523, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":508
+  /* "ivshmem/channel/streams.pyx":528
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `sendall` for asyncio. The time limit is for each part that finds room.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_21sendall_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 508, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_21sendall_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 528, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_t_4) < (0)) __PYX_ERR(0, 508, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_t_4) < (0)) __PYX_ERR(0, 528, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":518
+  /* "ivshmem/channel/streams.pyx":538
  *             view = view[sent:]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _send_now(self, data):
  *         """Send as after settimeout(0), whatever another thread has set."""
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_24_send_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__send_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 518, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_24_send_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__send_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 538, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send_now, __pyx_t_4) < (0)) __PYX_ERR(0, 518, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send_now, __pyx_t_4) < (0)) __PYX_ERR(0, 538, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":617
+  /* "ivshmem/channel/streams.pyx":637
  *             self.await_half(direction, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def read_from(self, fd, size=None):
  *         """Send what one read(2) of a descriptor brings; the kernel copies it into the ring.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_26read_from, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_read_from, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 617, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_26read_from, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_read_from, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 637, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_read_from, __pyx_t_4) < (0)) __PYX_ERR(0, 617, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_read_from, __pyx_t_4) < (0)) __PYX_ERR(0, 637, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":639
+  /* "ivshmem/channel/streams.pyx":659
  *         return self.move_in_time(SEND, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def write_to(self, fd, size=None):
  *         """Receive what one write(2) to a descriptor takes; the kernel copies it from the ring.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_28write_to, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_write_to, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 639, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_28write_to, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_write_to, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 659, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_write_to, __pyx_t_4) < (0)) __PYX_ERR(0, 639, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_write_to, __pyx_t_4) < (0)) __PYX_ERR(0, 659, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":661
+  /* "ivshmem/channel/streams.pyx":681
  *         return self.move_in_time(RECEIVE, fd, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _silence(self):
  *         """Return for how many seconds the other end's process has shown no sign of life."""
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_30_silence, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__silence, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 661, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_30_silence, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__silence, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 681, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_silence, __pyx_t_4) < (0)) __PYX_ERR(0, 661, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_silence, __pyx_t_4) < (0)) __PYX_ERR(0, 681, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":667
+  /* "ivshmem/channel/streams.pyx":687
  *         return ivshmem_stream_silence(&self.stream) / 1e9
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def shutdown(self, int how):
  *         """As of a socket: socket.SHUT_RD, SHUT_WR or SHUT_RDWR.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_32shutdown, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_shutdown, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 667, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_32shutdown, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_shutdown, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 687, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_shutdown, __pyx_t_4) < (0)) __PYX_ERR(0, 667, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_shutdown, __pyx_t_4) < (0)) __PYX_ERR(0, 687, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":684
+  /* "ivshmem/channel/streams.pyx":704
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
  *         """Return a file over the connection, as of a socket. To close it leaves this end open."""
  *         return stream_files.over(self, mode, buffering, encoding, errors, newline)
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 684, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 704, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_encoding, Py_None) < (0)) __PYX_ERR(0, 684, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_errors, Py_None) < (0)) __PYX_ERR(0, 684, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_newline, Py_None) < (0)) __PYX_ERR(0, 684, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_34makefile, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_makefile, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 684, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_encoding, Py_None) < (0)) __PYX_ERR(0, 704, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_errors, Py_None) < (0)) __PYX_ERR(0, 704, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_newline, Py_None) < (0)) __PYX_ERR(0, 704, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_34makefile, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_makefile, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 704, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -19396,7 +19730,7 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_makefile, __pyx_t_2) < (0)) __PYX_ERR(0, 684, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_makefile, __pyx_t_2) < (0)) __PYX_ERR(0, 704, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -19493,8 +19827,8 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/streams.pyx":76
- *         return 0
+  /* "ivshmem/channel/streams.pyx":99
+ *                 return IVSHMEM_AGAIN
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def accept(self, timeout=None, *, spin=None):
@@ -19502,12 +19836,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 76, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 99, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/channel/streams.pyx":478
+  /* "ivshmem/channel/streams.pyx":498
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -19516,12 +19850,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 478, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 498, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/channel/streams.pyx":684
+  /* "ivshmem/channel/streams.pyx":704
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
@@ -19530,7 +19864,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_n_u_r, Py_None};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 684, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 704, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
@@ -19571,38 +19905,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{15},{6},{24},{40},{36},{2},{15},{1},{35},{2},{28},{31},{17},{15},{20},{19},{23},{32},{1},{4},{179},{28},{8},{12},{15},{8},{14},{11},{7},{6},{2},{4},{9},{16},{14},{26},{12},{27},{50},{63},{63},{8},{23},{0},{12},{4},{22},{24},{6},{24},{26},{16},{16},{15},{12},{17},{15},{16},{11},{17},{16},{11},{14},{20},{18},{17},{15},{15},{14},{32},{34},{21},{27},{20},{12},{9},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{9},{9},{8},{5},{6},{12},{6},{18},{6},{9},{8},{18},{5},{4},{7},{10},{4},{8},{11},{4},{6},{8},{6},{2},{6},{4},{5},{1},{10},{3},{5},{23},{4},{8},{8},{10},{4},{9},{4},{6},{7},{4},{2},{4},{3},{1},{9},{8},{4},{10},{9},{4},{10},{4},{4},{7},{13},{5},{4},{11},{10},{10},{8},{4},{4},{6},{12},{8},{18},{4},{5},{4},{7},{5},{6},{4},{8}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{0},{332},{132},{39},{9},{178},{164},{22},{22},{108},{43},{13},{9},{29},{17},{52},{97},{18},{19},{87},{81},{36},{22},{28},{5}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{15},{6},{24},{40},{36},{2},{15},{1},{35},{2},{28},{31},{17},{15},{20},{19},{23},{32},{1},{4},{179},{28},{8},{12},{15},{8},{14},{11},{7},{6},{2},{4},{9},{16},{14},{26},{12},{27},{50},{63},{63},{8},{23},{0},{12},{4},{22},{24},{6},{24},{26},{16},{16},{15},{12},{17},{15},{16},{11},{17},{16},{11},{14},{20},{18},{17},{15},{15},{14},{32},{34},{21},{27},{20},{12},{9},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{9},{9},{8},{5},{6},{12},{6},{18},{6},{9},{8},{18},{5},{4},{7},{10},{4},{8},{11},{4},{6},{8},{6},{2},{6},{4},{5},{1},{10},{3},{5},{23},{8},{8},{10},{4},{9},{4},{6},{7},{4},{2},{4},{3},{1},{9},{8},{4},{10},{9},{4},{10},{4},{4},{7},{13},{5},{4},{11},{10},{10},{8},{4},{4},{6},{12},{8},{18},{4},{5},{4},{7},{5},{6},{4},{8}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{0},{332},{132},{39},{9},{178},{104},{22},{22},{108},{43},{13},{9},{29},{17},{52},{97},{18},{19},{87},{81},{36},{22},{28},{5}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1951 bytes) */
-static const char cstring[] = "x\332\255V\315w\333\306\021\047_\031W\262\025[\262U9Q\342v\231\310\261e;\214\3512\266\2424\355Sd\273v\233:\242\245\304v\372\261o\t,$X \226\302.H\321\351\207\217<\342\210#\2168\342\310\243\216:\362\310\243\376\004\375\t\231\001\026\024\031\331\357\365\365U\357\t\234\035\354\314\374\3467\263\263 L\021\265cK\322\024M\356*\322\350*.\365\323v\225 \2144|\313\342\036\021\026\001\r\361%\377\222\030\036g\212\023[\221\216\255v\300\326\343\304\020\256\313\re\013W\022\321\342\356\233w9\266T\334\345\236$\362\272\3628\047\226\307\2661\362r\345v\026v55\020\276c\022G\210]\260\330\345\000\221\023\356\232\253d\225\334&\302\313|I\0161My\013\025O\204\313W\311\346\243\357\266\350\323\373\2672\341\331S|\243u\317\236\256\022\346\np\344\2017@f\222\261H\035f\253U\342\n\322\362\204\301\245\3248%\352\200\036w\033\"\266\271\211\004\254\246`2G\000\211\000w\333i\360I\265\307\rn\267\201Ep\212h\377\200\010\237\010\205\271\000\347\353]\265#\\46\271c7\270\007L9]\"\225g\033*\205\310\\\262\361`\343\323\332J\rp\243\277\227\300.\320\3467\014\207I\t\236\241\"\r\337v\024\200R\335\026\227\025\362\330\"]\341\023\227\003T\250]\013\366\215\033\0008\027XS)\324k\314\205\334\030\026\214\2029\344x\215\230\266\207%ls\264~\310\034\311+\214<b\216\205@\233\314\344P\" M\222M\250\035\003\205I\301\0077RW)ED\313:}b@\036.w\306\272\003a\233\\\032\236\335RP\036\323\226\254\341p\356\342s\333\330\021\035\210\225\255L\273-w\232\274Y\321N*\371\232{\236\360d\276\222](U\263\242\354&\247\216\335\004x\371\033\305\367\225\226?\323>>\223)rYiu\367\2412&\267\230\357(B\251\307M\337\340\224\022\323O\263w\205\373)\024\243m3\007\336\032\266k+J%w\254\n\264H\003\370\325\2116\322\316osOe\2343\262\221\225V4\260`\304\202\034[\266\261\353\000\301\251y\006\340\1771\307\014\205\017\325\323\27766\227\002\023\327oB\007\255g\031>@r\260f\370_\031%f\244n)\325Z\350\002\t\305?\321g\025\315\236\247\255F\372\267\330U\300\300hC3t\3625\324\320\234X\333\016w\r\256\227\254!<\245\345m\256tFZ\321d\273\334\202\355z\211g\225Z\236h\216\326F{L\244Lv]c\\\201sK\257""\021\305\230\310\034gr5a\014\2715\034a\354\002\325\047\232Ihr\307W\246\350\270z\331\361l\240\"\217\366\215\236m\223\253\267\2219\366\376-\244\216v0\303\340-\365Fe\226\000\245\033\335}\370\277\017\303\203>\201\256\177\312-J\365\001\207\246\006\031\047\034\n\226\217\333)\335\316c\302_\223\331n\372+L\337I5.k\246\277pJ\250\301Zv.k\023\024\333\n\317(\276\330\363\231\223\033\344\307\350T\322#\005\337\307\005\244<\n\"\307\240\234\242\202R\270\023\020\271-\251!<(\205\355\362Q\267\215\332,\357\257\264\2612j\306\t\302R\013+\025mQ\031\371\221\331\335\226=\241\354zHH\303\301 @\212\362\230\301\033\314\3305\034\201\327\215\311\365 ;\231g&S0\030\231\211&\371/\3042a\334\003 \260H\237\340<\233Z\226\211\255\355\n\313a\333\226\360]s\373\244\377a\370A?5\345\317\347\236\236Y\016\267T~\177\346g\004\266\301\321\227;v\013\212\307\233\002*.\\\333h\n\251\334\364:uy\007\021\271\320\024B\302\200\366Z\242\345\215\216T~K!\237\047\207it\212<!\232\372\226\205\224p|!\337\372\354L\034\241T\017\0175v\210@\324\363\365\344\034\345\007H\332\257\270\204KG\247\226>)&$QN\231:5\326q\234\303\325-:\250\323\376\332\314\361y\372\220m\233w\362\003\271\321\3756\233\2377\256\237\210\267\360\213\206\350F\336\265[\024\356\236\026S\306\316r\001_L\354|\273L\365\367\320\2157Z\215\336\246\301\364\026H\3117\362\3100\330\351=]azO\227\230\326\220?\232\217p\270\357\177\026\367\277pQ\275}\322\014\364/#q\322\323r\001\032O\025\024\264\017\336\372\334\314D\374@\0036iv\353\310\002~\300Q\355x\214\313\377C\"o\226\227\013\005\337U\266\003G\231\342\244\322+\t\037\245\351\347\3278\215yH}\221\202-~\047\322\006|{\275.\016Kg{7\203\372\353\342\361\371\302;\213\341B\270\037\355\305\305\243\322lP\014\336\013\027\243\337\305{\270\345Z\360A\270\026~\037U\263\305bX\r\377\024\261a\351\334\340\\9\232\213\312\321\335xnX\372\345k\277\267\336\333\033N\235\037\234_\212\326\242\037\342\275\344L\302\306^\\\350\265\203\347\341\263\350q\\\207]=\047,\017g\026\002\026\264\303\037 \356\231\230\305\355\244~|\246\360\316\324kt\323\263\202\007\341\034l\202""\250\237\004\000\0265k\020\266W}\2756\274r3\256\036/\026\246\177\r\300V\342j\274v\004\026/\303b87\234\272\024|\031\262\020|L\017gf\2033\001\033\316\\\014\256\205\037\000\252-\200:s)\370}\212\273\026\375\230\224\223\273}P]\350\371\301z\2607\234]\010\254pm8{\031\344q\245\031^\r\367\242\"\332\256\204_D\353\321\277\223\027\375\306\301\364\341\374a\0357\252\340s\210\275\020\266\243\315\270\230\232\003FR>\376\2440=\013/\277\212\212\321\373\361R\314@[\376h\\\273\020\251\030\363\271\363\333\343\205\302\364|P\r\036i\262\021\375\245\240\026\354\207\235\310\210/\047\305,\316\235`3\234\212J\321\032\302z\t\036.F\325\301\322\372A\365\340\376a1\263\360\301\303sHu\001\010\335\352_9x9\330\250\037\315|\010\332z\010\010\216\246\316\365V\202{\220\221\212V\343zl\047\036Rp1\270\001;\260\024\305\341\324L\357\317\230\302Q*\354\207\257\3429\\`|\000\0135\232~\267\3670(CM\007\027\256F\365\210A\026_$_\047,{\211\311\255@\233<\214\312\240\230\312\362z\030\226\303\273\321\334(/D\371\217\270\226b\\\350\313\203\362\030DhH\250l\035K9i\210\225\200\266\271\034\374\010\365\253\"\350\253\201\007\255Z\213\240L\357\205\245\360\001l\234\377(Z\212x|\047\376>\251%~\377\353\276u\360\370\020;\353\335+\243\000\263\230\3027a\232*d\222iNp/E\270\351baz\246W\353y\301\245\340\217a5\247\010\212\003\354gvC\340\262\326\223 @\247\315\240\367\341\324o\260S\242\371\350El&\037\047\233\375R\177\275\277\227Q\332\016\353\340v\3414!Y\007\375\002\202d\255\247\363<\315S\367\360\334`sk\260\365\335\210\255A\351\303\360\333\301\315\257\372\177?\254\014\236\277\300*\3753\374<m\255v\374\327\376\331\203\353\207\345A\351\343\250\212o\376\003\007\243\r\255\361~\262\334\257\016Jw\2222j\377\005\236\266\242_A\031_%\363\311\337\016\026\017\253\203\263\267\223\342O\375s\302\364";
-    PyObject *data = __Pyx_DecompressString(cstring, 1951, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1907 bytes) */
+static const char cstring[] = "x\332\255V\315w\333\306\021\047_\031W\262\031[\262U9Q\343v\231\310\261e;\214\3512\261\2536\257O\221\355\332m\352\210\226\022;\351\307\276%\260\220`\201X\022\273 E7}\325\221G\034q\304\021G\036y\324QG\036y\324\237\240?\2413\300\202\037\226\375^__\365\236\300\331\301\316\314o~3;\013\302\024Q{\266$\r\321\340\256\"\365\256\342R?mW\t\302H\335\267,\356\021a\021\320\020_\362\337\021\303\343Lqb+\322\261\325\036\330z\234\030\302u\271\241l\341J\"\232\334}\373.\307\226\212\273\334\223D\336T\036\347\304\362\330.F^+\337M\303\256\047\006\302wL\342\010\261\017\026\373\034 r\302]s\235\254\223\273Dx\251/\311!\246)\357\240\342\231p\371:\331~\362\335\016}\376\360N*\274x\216o\264\356\305\363u\302\\\001\216<\360\006\310L2\025\251\303l\265N\\A\232\2360\270\224\032\247D\035\320\343\356B\30467\221\200\365\004L\352\010 \021\340n7\t>\253\366\270\301\3556\260\010N\021\355\037\020\3413\2410\027\340|\263\253\366\204\213\306&w\354:\367\200)\247K\244\362lC%\020\231K\266\036m}V}P\005\334\350\357\025\260\013\264\371u\303aR\202g\250H\335\267\035\005\240T\267\311e\231<\265HW\370\304\345\000\025j\327\204}\323\006\000\316\005\326T\002\365\006s!7\206\005\243`\0169\336 \246\355a\t\333\034\255\0373G\3622#O\230c!\320\00639\224\010H\223d\033j\307@aR\360\301\215\304UB\021\321\262N\237\030\220\207\313\235\251\356@\330&\227\206g7\025\224\307\264%\253;\234\273\370\3345\366D\007b\245+\323n\313\275\006o\224\265\223r\266\346\236\047<\231\255d\027J\325(+\273\301\251c7\000^\366F\361\003\245\345\317\265\217\317e\202\\\226\233\335\003\250\214\311-\346;\212P\352q\32378\245\304\364\223\354]\341~\006\305h\333\314\201\267\206\355\332\212R\311\035\253\014-R\007~u\242\365\244\363\333\334S)\347\214l\245\245\025u,\030\261 \307\246m\354;@pb\236\002\370_\3141C\341C\365\364\257\215\315\245\300\304\365\033\320A\233i\206\217\220\034\254\031\376\227\307\211\031\211[J\265\026\272@B\361\047\372\264\242\351\363\254\325X\377\016\2732\030\030mh\206N\266\206\032\2323k\333\341\256\301\365\222\325\205\247\264\274\313\225\316H+\032l\237[""\260]/\361\254R\313\023\215\361\332hO\211\224\311\256kL+pn\3515\242\230\022\231\343\314\256f\214!\267\272#\214}\240z\242\231\205&\367|e\212\216\253\227\035\317\006*\262h\337\350\3316\273z\027\231S\357\337A\352x\0073\014\336ToU\246\tP\272\325=\200\377\2070<\3503\350\372\347\334\242T\037phj\220q\302\241`\371\270\235\322\335,&\3745\230\355&\277\302\364\235D\343\262F\362\013\247\204\032\254ig\2626A\261\255\360\214\342\213\226\317\234\314 ;Fg\222\036+\370\001. \345q\0209\005\345\014\025\224\302\235\200\310mI\r\341A)l\227\217\273m\334fY\177%\215\225R3M\020\226ZX\211h\213\362\330\217L\357\266\364\te\327CB\032\016\006\001R\224\307\014^g\306\276\341\010\274nL\256\007\331d\236\231L\301`d&\232d\277\020\313\204q\017\200\300\"y\202\363tjY&\266\266+,\207\355Z\302w\315\335I\377\303\360\203~j\3107\347\236\236Y\331\335\231\235\017\330\002\307^\356\331M(\034o\010\250\266pm\243!\244r\223\253\324\345\035D\343BC\010\t\303\331k\212\2467>N\331\r\205\\N\016\322\370\004yB4\364\r\013\351\340\350B\256\365\271\2319>\211\036\036j\352\000\201\250g\353\344\014e\207G\332\257\271\204\013G\247\225<)&$QNX:3\322q\224\303\265-:\250\323\376\332\314\361y\362\220m\233w\262\303\270\325\3756\235\235\267nN\304;\3705Ct\023\357\333M\n\367N\223)co-\207/fv\276[\246\372[\350\326[\255\306o\223`z\013\244\344\033Yd\030\352\364\276\256.\275\257\313K\253\310\037\315\3067\334\365o\304\375/\\T\356N\232\201\376e,\316zZ\313A\323\251\234\202\366\301\033\237\233\251\210\037g\300&Mo\034\231\303\2177\252\035Oq\371\177H\344\355\362Z.\347\273\312v\340\030S\234Rz%\341\2034\371\364\232\2461\013\251/Q\260\305oDZ\207\357\256\303\374\250p\276w;\250\035\346O/\346\336[\t\227\303\203\250\025\347O\n\013A>\370 \\\211~\037\267p\313\215\340\227\341F\370}TI\027+a%\374S\304F\205\013\303\013\245h1*E_\306\213\243\302\317\017\375\336f\2575\232\2738\274\270\032mD?\306\255\376\271>\233zq\251\327\016^\206/\242\247q\rv\365\234\2604*.\007,h\207?B\334s1\213\333\375\332\351\271\334{s\207\350\246g\005\217\302E\330\004Q?\r\000,j6 l\257r\2701\272v;\256""\234\256\344\346\177\005\300\036\304\225x\343\004,^\205\371pq47?*^\t\252\301OQ%z\022?\355\327F\305K=?\330\014Z\243\205\345\300\n7F\013WA\236V\232\341\365\260\025\345O@\247\202\373\020sa)x\022n@\034R:\37547\277\000\352\257\242|\364a\274\0323\320\226>\236\326.G*FL\367~s\272\234\233_\n*h\233\020\226A9\010;\221\021_\355\347GI\204{\301v8\027\025\242\r\214\375\n<\\\216*\303\325\315\243\312\321\303\343|j\341\203\207\227\321N\274\014\244\354\014\256\035\275\032n\325N\212\037\201\266\026\002\202\223\271\013\275\007\200\364z\250\242\365\270\026\333}o\2608*^\016n\301\016\2443?\232+\366\376\034\264p+\n\007\341\353x\021\027\030\037\300\002\317\363\357\367\036\007%\250\313\360\322\365\250\0261\310\342\267\375\257\373,}\211\311=\200R?\216J\240\230K\363z\034\226\302/\243\t\305\210\362\037q5\301\270<\220G\245)\210\320TP\035(\365\2257\014\221n(\375\325\340\237\320;\025\004}=\360\240\335\252\021\324\342\203\260\020>\202\215K\037G\253\021\217\357\305\337\367\253}\177\360\365\300:zz\214\335\361\376\265q\200\005L\341\2330I\0252I5\023\334\253\021n\272\234\233/\366\252=/\270\022\3741\254d\024Aq\200\375\324n\004\\V{\022\204\342BPD\357\243\271_c;DK\321\017\261\331\377\244\277=(\0146\007\255\224\322vX\003\267\313g\tAf\277\010\177\006A\322\376\322y\236\345\251{|a\270\2753\334\371n\314\326\260\360Q\370\355\360\366W\203\277\037\227\207/\177\300*\375\024~\221\264V;\376\353\340\374\321\315\343\322\260\360IT\3017\377\016Y\330\206\326\370\260\2776\250\014\013\367\372%\324\376\013<\355D\277\2002\276\356/\365\377v\264r\\\031\236\277\333\317\377\007*\351\250\371";
+    PyObject *data = __Pyx_DecompressString(cstring, 1907, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2547 bytes) */
-static const char cstring[] = "\377 at this\377 moment \337bytes\000\003 i\377nto a bu\377ffer of \376\017\000 use; c\377reate it\337 with9\000re\377 connect\377ions ope\375n\020\023listen\377ers s(tr\177ee fragv\001\327).0w\003:R\002ou\377ld look \357like\240\000e e\377nd: : 0 \333orl\003seq\000ds\375,\r\001None: \377SHUT_RD,\346\003\003WR\047\001\r\004WR:\277 anoth\310\000t\355h\275\000d _\010wai\377t: no pr\277ocess \242\003s\354\020\001\234 ng\235 ved\242\375\001:\210\002C\003\220\000 \271 g\364x\002X\000 \r\007rece\363iv\311 R\000morem?\236\001No\263 th\361 \277Cython9\001d\277eliber\315 l\377y strict\376\236\002an PEP-\367484\265\000d re\371j\333 \264 ubcla\363ss\243@\217@buil\377tin type\377s. If yoOu ne\250\000\271@p%\000\363 s\047\007\372\000n se\276\356Ae \047an\214 a\372\255A_<\000ing\047 \253di\264\000t\264\000 \367@F\377alse.a H\367alf\342\001made\\\235`\363@s S\271@a\016\000\233d_\320 ecF\002\236\" \334\005\004\370\004 chd\000el\374\223h\305adescri\373pt\307@disab\357leen\002\001gch\363ow\317 \010\003divs_hmem.>\004.\010\005\277errors\026\005s\375y\320`m.time\277_limit\021\006t\327ext=\004/\202\004/s\276\265\002s.pyx\354@d\377efault _\377_reduce_\257_ du\354`o\211`n\275-\212@vial\033\000c\377init__se\227lf.\240`b\210`\356\004b\336\365\204\002vert\356#a \355P\325Cob\255A fo\177r pickl\336 \344:\002{\003 \0140\336\001out\375 \000\005is not\277 a num\277`C\242\345#E\231!\260A\264A.\320\006c\346\354b__\017\004\203`sta\007te_\020\005\314C\322C$\017\017\006Z!\024.\275 cv\212`w:\005\357send\003\nile\367nceZ\004abor\235tf\004get\323\004w\004m\217akef,\000\206\004\250\206\001_ofrom\007\006cv\000\010?_async\005\t\264\210\0018\302\004\202\001\000\010all\000\0130\n\377setblock\347ing6\006\214\014shu\337tdown\241$wr-i\300 to\211\205\003L\325\210\004\000\013\340\2655&\005\240@\3664\031\006acc\307eptH\014\017\003\370\003__\367Pyx\001\000Dict\377_NextRef;__\332\206\004e__\t\000\336\210\001\036\005\001func\r\001\363 \373C\336\033\000main!\001mowdul*\002nam2\002=pT\000capi?\001\010\001\314,\004\023""\001vt\264\206\001X\001qu\303al)\005\277\205\005\347n\331\205\006ex\036\214\001set_]\005\203\204\006\246\000~\207\204\016__test\300\000\377is_corou\257tine\345f_\337e_\301s\332c\324b\252#\225)\366@_o]f\245bio.?\006s\326\214\003\356\334\214\003ing\247\210\004scl\374a\001\222 traceb\277ackclo\353\213\001d\371e\340\214\004\344\214\007datad\307ead/\001\000\005i\000do\177neencod\000\003\267ing\260\210\003fd\327\204\001n\377oflagfouwndg\366\204\007how\315`\363ms\350\210\r\255\210\004left\354\270\215\005\234\205\005me\367\206\001shi\375p\272@emonot\377onicmost\335n\307\216\002new\311\001ne\377xtosover\317popr\312\205\006\236\214\005re\303cv\000\001\307\205\003\005\002\372\216\001ro\203om\337\215\004\274 \372\210\001\323\206\001\327\206\001a\343ll\000\004\372\205\003\023\002sen]t\272\205\010set\331\211\004s\332\206\006\376\271\205\005sizespi)n\210\212\004\312\213\002_\361\206\001s\235\212\001\333\212\002|\306\212\016\313\212\001throw\347\212\001\276\206\211\004value\000\002s\357view\211\206\005PyO\326\371\211\003*(\001\007,\316\220\001 _\375_\304\204\002kip_di\377spatch)\000\217int \035\n*\t6\tP\013y_\211\221\004*!\022\025\006h\002R\004\277structs\004oobj_7\323\214\004_7\231\215\004\177_4ends_\273\212\005?nd *, \256\t  \23310\203g_M\217f<\013)\375\000\366`t\000take\346\362\216\001ed\005\003\303\222\001out-_\257\214\003s\000\275\222\001_\265\216\004\301(\374\206\200@\3033)\000\000unt?il_no_\210\222\001\007\004\017some\372\221\002\233B\300$\264%\370\302\215\004\205@\244\223\001_both\377\200\001\330\004\n\210+\220\377Q\200\001\360\016\000\005\032\377\230\026\230x\240q\250\001\377\340\004\020\220\001\220\030\230\337\032\240<\250q\037\001\047\220\177\033\230A\230V\2401\007\003\377\032\2301\230J\240a\330\377\004\013\320\013!\240\021\240\377!\2406\250\021\330\004\007\377\200u\210C\210q\330\010\377\016\320\016$\240A\240Z\277\250q\260\006\260a\016\010\017\377\210v\220X\230W\240I\373\250Q#\000\210l\230!\330\377\014\026\220a\220v\230Z\376u\000\006\250a\250v\260Q\277\360\006\000\005""\010\200C\001\210\237f\220E\230\021\"\000\243\000&\325\220\252\000\016\017\000At\000\2101\377\200A\330\035+\2501\360\357\032\000\t\036\226\0008\2501\377\250A\340\010\016\210j\230\377\001\230\021\330\010\023\220;\367\230a\230\210\000\t\330\014\020\377\220\006\220a\330\014\022\220\327\047\230\033\223\000T\250\000\014\023\373\220>\263\0024\240{\260!\377\2606\270\021\330\014\017\210\377u\220C\220q\330\020\026\177\220f\230A\330\020\027\t\000\376\t\td\230%\230q\240\001\375\3309\0008\2309\240C\240\377~\260Y\270b\300\t\310w\024\310Q:\001t\2205y\000\177\026\230v\240S\250\001:\002\376\241\000 !\360&\000\t\020\377\210t\220=\240\001\240\031o\250$\250a\267\000!\"\n\t\357\026\240t\250\314\00123\360\377\026\000\t\024\2201\220H\372\346$\010\273\000\023\2204\220x\377\230w\240c\250\027\260\001\376b\0032\220S\230\010\240\004\335\240\242\000\026\220jU\000\022\240\3771\320$C\3001\300D\335\310\233\0024\220u\254@X\240\367T\250\026\316 T\270\035\300\177j\320PQ\340\014\034\302@\373Q\230\177\000\340\010\013\2108\373\2207\317\000t\240:\250Q\357\250i\260r\377\001\022\220*\374\344@\207A\001\330\010\014\210K\347\220q\200\322 \005\001x\230z\213\250\021\t\001\017\310\000\372 \241@\t\377\r\210F\220!\330\010\017\177\320\017%\240Q\240a\303\000\2179\260B\260\335\000\031\001\357\0018\376\244`F\240!\200A\360\010~\322\003F\230!\2306\240\234@\334\321\004\242\001^\2504\237\002\026\2707s\300!\230\010\360\016\326A\244`\271\023\216 -\t\026\220d\263a\027\353\220{\365`1\324A%\220r\337\230\032\2404\240\271@\030\230\367\004\230E_\000\024\"\240$\377\240e\2502\250V\2604\377\260u\270B\270f\300I\355\310\326a\r\035\374\005\360\020\000F\300\000L\230\346\002\307\000\244\000\020\245C\366\262\003$\240\307\001\022\000\t\014\377\2104\210r\220\023\220G\205\230i\002*\204\205\003\373 \240 \375\002\013\322\036\000s\210 \347`\014\336!\330\010\375\037\246a\240\024\240Y\250d\377\260#\260S\270\004\270C\273\270q\315#v\230Q\216 \026\034\377\017\326!5\230\003b\000\365c\341\004\374\374A\232+y\310\013\320ST\367\320TU\310F\320\004\034""\230\377O\320+=\270]\310.\377\320XY\340\010\017\210|\373\2305\356`\026\240v\250[\377\270\n\300(\310!\320\004\367#\2401\026\001\177\230a\230\375v\230`\031\260)\2701\320\357\0042\260!,\001}\230A\357\230T\240\025\304@z\260\024\377\260\\\300\032\3101\320\n\0070\260\001";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2547, 3825);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2484 bytes) */
+static const char cstring[] = "\377 at this\377 moment \337bytes\000\003 i\377nto a bu\377ffer of \376\017\000 use; c\377reate it\337 with9\000re\377 connect\377ions ope\375n\020\023listen\377ers s(tr\177ee fragv\001\327).0w\003:R\002ou\377ld look \357like\240\000e e\377nd: : 0 \333orl\003seq\000ds\375,\r\001None: \377SHUT_RD,\346\003\003WR\047\001\r\004WR:\277 anoth\310\000t\355h\275\000d _\010wai\377t: no pr\277ocess \242\003s\354\020\001\234 ng\235 ved\242\375\001:\210\002C\003\220\000 \271 g\364x\002X\000 \r\007rece\363iv\311 R\000morem?\236\001No\263 th\361 \277Cython9\001d\277eliber\315 l\377y strict\376\236\002an PEP-\367484\265\000d re\371j\333 \264 ubcla\363ss\243@\217@buil\377tin type\377s. If yoOu ne\250\000\271@p%\000\363 s\047\007\372\000n se\276\356Ae \047an\214 a\372\255A_<\000ing\047 \253di\264\000t\264\000 \367@F\377alse.a H\367alf\342\001made\\\235`\363@s S\271@a\016\000\233d_\320 ecF\002\236\" \334\005\004\370\004 chd\000el\374\223h\305adescri\373pt\307@disab\357leen\002\001gch\363ow\317 \010\003divs_hmem.>\004.\010\005\277errors\026\005s\375y\320`m.time\277_limit\021\006t\327ext=\004/\202\004/s\276\265\002s.pyx\354@d\377efault _\377_reduce_\257_ du\354`o\211`n\275-\212@vial\033\000c\377init__se\227lf.\240`b\210`\356\004b\336\365\204\002vert\356#a \355P\325Cob\255A fo\177r pickl\336 \344:\002{\003 \0140\336\001out\375 \000\005is not\277 a num\277`C\242\345#E\231!\260A\264A.\320\006c\346\354b__\017\004\203`sta\007te_\020\005\314C\322C$\017\017\006Z!\024.\275 cv\212`w:\005\357send\003\nile\367nceZ\004abor\235tf\004get\323\004w\004m\217akef,\000\206\004\250\206\001_ofrom\007\006cv\000\010?_async\005\t\264\210\0018\302\004\202\001\000\010all\000\0130\n\377setblock\347ing6\006\214\014shu\337tdown\241$wr-i\300 to\211\205\003L\325\210\004\000\013\340\2655&\005\240@\3664\031\006acc\307eptH\014\017\003\370\003__\367Pyx\001\000Dict\377_NextRef;__\332\206\004e__\t\000\336\210\001\036\005\001func\r\001\363 \373C\336\033\000main!\001mowdul*\002nam2\002=pT\000capi?\001\010\001\314,\004\023""\001vt\264\206\001X\001qu\303al)\005\277\205\005\347n\331\205\006ex\036\214\001set_]\005\203\204\006\246\000~\207\204\016__test\300\000\377is_corou\257tine\345f_\337e_\301s\332c\324b\252#\225)\366@_o]f\245bio.?\006s\326\214\003\356\334\214\003ing\247\210\004scl\374a\001\222 traceb\277ackclo\353\213\001d\371e\340\214\004\344\214\007datad\307ead/\001\000\005i\000do\177neencod\000\003\267ing\260\210\003fd\327\204\001n\377oflagfouwndg\366\204\007how\315`\303ms\350\210\r\255\210\004\264\215\005\230\205\005me\336\363\206\001ship\266@em\377onotonic\337mostn\303\216\002ne\375w\305\001nextos\377overpopr<\306\205\006\232\214\005recv\000\001\303\205\003<\005\002\366\216\001room\333\215\004\270 8\366\210\001\317\206\001\323\206\001all\000\004\366\205\003\336\023\002sent\266\205\010se\345t\325\211\004s\326\206\006\265\205\005siz\237espin\204\212\004\306\213\002_\302\355\206\001s\231\212\001\327\212\002\302\212\016\307\212\001th\347row\343\212\001\202\211\004val\373ue\000\002sviewn\205\206\005PyO\365\211\003*(\001\007\335,\312\220\001 __\300\204\002ki\377p_dispat\377ch)\000int \270\035\n*\t6\tPy_\205\221\004*\360!\022\025\006h\002R\004stru\373cts\004obj_7\366\317\214\004_7\225\215\004_4en\367ds_\267\212\005nd *\263, \256\t  10\203g_\331M\217f<\013)\000\362`t\000otake\356\216\001ed\005\003\336\277\222\001out_\253\214\003s\000\302\271\222\001_\261\216\004\301(\206\200@\3033)\000\377\000until_n\363o_\204\222\001\007\004some\200\366\221\002\233B\300$\264%\276\215\004\205@\240\223\001_\377both\200\001\330\004\377\n\210+\220Q\200\001\360\377\016\000\005\032\230\026\230x\377\240q\250\001\340\004\020\220\377\001\220\030\230\032\240<\250\375q\037\001\047\220\033\230A\230\367V\2401\007\003\032\2301\230\377J\240a\330\004\013\320\013\377!\240\021\240!\2406\250\377\021\330\004\007\200u\210C\377\210q\330\010\016\320\016$\377\240A\240Z\250q\260\006\373\260a\016\010\017\210v\220X\277\230W\240I\250Q#\000\210\377l\230!\330\014\026\220a\357\220v\230Zu\000\006\250a\377\250v\260Q\360\006\000\005\373""\010\200C\001\210f\220E\230Y\021\"\000\243\000&\220\252\000\016\017\000\375At\000\2101\200A\330\035\377+\2501\360\032\000\t\036\376\226\0008\2501\250A\340\010\377\016\210j\230\001\230\021\330\377\010\t\330\014\023\2204\220\377|\2401\240H\250I\260\377Q\330\014\017\210u\220C\377\220q\330\020\026\220f\230\317A\330\020\027\t\000\t\td\230\277%\230q\240\001\340&\000t\373\2207\226\000\020\024\220H\230\375Ae\000 !\360&\000\t\377\020\210t\220=\240\001\240\337\031\250$\250a{\000!\"\336\n\t\026\240t\250\220\00123\177\360\026\000\t\024\22018\001\374\254\"\203\005x\230w\240c\250\367\027\260\001\207\001t\2202\220\277S\230\010\240\004\240\207\000\026\373\220jU\000\022\2401\320$\177C\3001\300D\310\001\267\003}u\360 X\240T\250\026\222 \377T\270\035\300j\320PQ\267\340\014\034\206@Q\230\177\000\340\357\010\013\2108\247\000%\230t\377\240:\250Q\250i\260r\177\270\021\330\014\022\220*\250@\376\313!\001\330\010\014\210K\220\363q\200\226 \005\001x\230z\250\305\021\t\001\017\310\000\276 \345 \t\r\377\210F\220!\330\010\017\320\277\017%\240Q\240a\303\0009G\260B\260\335\000\031\001\357\0018\350@\177F\240!\200A\360\010\322\003?F\230!\2306\240\331\047\242\001\367^\2504\237\002\026\270s\300!!\230\010\322`\233@\350@\023\216 -\tw\026\220d\367A\027\220{\271`\3351\261\001%\220r\354`4\240\276\236@\030\230\004\230E_\000\024\377\"\240$\240e\2502\250\377V\2604\260u\270B\270of\300I\310\232a\r\035\374\0057\360\020\000\300\000L\230\346\002\307\000\262\244\000\020\245C\262\003$\240\307\001\022\377\000\t\014\2104\210r\220_\023\220G\2301\233%V\231`\251A\237!\375\002\013\036\000s\210 \014w\020\220\014\336!\330\010\037\213a\377\240\024\240Y\250d\260#\377\260S\270\004\270C\270q.\315#v\230Q\216 \026\377\017\326!\0075\230\003b\000\332c\341\004\207\204\001\232+\377y\310\013\320ST\320T\375U\310F\320\004\034\230O\320\377+=\270]\310.\320X\377Y\340\010\017\210|\2305\376\356`\026\240v\250[\270\n\377\300(\310!\320\004#\240}1\026\001\177\230a\230v\230`\377\031\260)\2701\320\0042\373\260!,\001}\230A\230T\373\240\025\304@z""\260\024\260\\\377\300\032\3101\320\n0\260\001\001";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2484, 3761);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3825 bytes) */
-static const char bytes[] = " at this moment bytes bytes into a buffer of  in use; create it with more connections open; create it with more listeners s(tree fragment).0 bytes: it would look like the end: : 0 or more seconds, or None: SHUT_RD, SHUT_WR or SHUT_RDWR: another thread : it would wait: no process listens: nothing moved in : the other end is gone: the other end receives no more?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a Half is made by its Streamadd_notecannot move cannot receive channel connection of descriptor disableenablegchow isenabledivshmem.channel.ivshmem.errorsivshmem.system.time_limitsivshmem.textivshmem/channel/streams.pyxno default __reduce__ due to non-trivial __cinit__self.probed cannot be converted to a Python object for picklingself.stream cannot be converted to a Python object for picklingtimeout timeout is not a numberChannelErrorHalfHalf.__reduce_cython__Half.__setstate_cython__StreamStream.__reduce_cython__Stream.__setstate_cython__Stream._recv_nowStream._send_nowStream._silenceStream.abortStream.gettimeoutStream.makefileStream.read_fromStream.recvStream.recv_asyncStream.recv_intoStream.sendStream.sendallStream.sendall_asyncStream.setblockingStream.settimeoutStream.shutdownStream.write_toStreamListenerStreamListener.__reduce_cython__StreamListener.__setstate_cython__StreamListener.acceptStreamListener.accept_async__Pyx_PyDict_NextRef__annotate____await____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutine_recv_now_send_now_silenceabortacceptaccept_asyncall_ofasyncio.coroutinesbufferbufferingchannelscline_in_tracebackclosecodeconnectconnectiondatadeadlinedeadline_ofdoneencodeencodingerrorsfdfilenoflagfoundggettimeouthowitemsivshmem.channel.streamsleftlistenermakefilemembership""modemonotonicmostnbytesnewlinenextosoverpoprread_fromreceivesrecvrecv_asyncrecv_intoroomseconds_ofselfsendsendallsendall_asyncsendssentsetblockingsetdefaultsettimeoutshutdownsizespinstreamstream_filesstrerrorsystem.time_limitstextthrowtimetimeoutvaluevaluesviewwrite_toPyObject *(PyObject *, int __pyx_skip_dispatch)\000int (PyObject *, PyObject *, PyObject *, Py_buffer *)\000int (PyObject *, Py_buffer *, int)\000int (struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, PyObject *)\000flat\000take_typed\000take_without_objects\000open_channelPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000\000until_no_wait\000until_somethingint (struct ivshmem_stream *)\000look_both\200\001\330\004\n\210+\220Q\200\001\360\016\000\005\032\230\026\230x\240q\250\001\340\004\020\220\001\220\030\230\032\240<\250q\330\004\n\210\047\220\033\230A\230V\2401\330\004\n\210\047\220\032\2301\230J\240a\330\004\013\320\013!\240\021\240!\2406\250\021\330\004\007\200u\210C\210q\330\010\016\320\016$\240A\240Z\250q\260\006\260a\330\004\007\200u\210C\210q\330\010\017\210v\220X\230W\240I\250Q\330\010\016\210l\230!\330\014\026\220a\220v\230Z\240q\250\006\250a\250v\260Q\360\006\000\005\010\200q\330\010\016\210f\220E\230\021\230!\330\004\n\210&\220\001\330\004\016\210f\220A\330\004\013\2101\200A\330\035+\2501\360\032\000\t\036\230V\2408\2501\250A\340\010\016\210j\230\001\230\021\330\010\023\220;\230a\230q\330\010\t\330\014\020\220\006\220a\330\014\022\220\047\230\033\240A\240T\250\021\330\014\023\220>\240\021\240!\2404\240{\260!\2606\270\021\330\014\017\210u\220C\220q\330\020\026\220f\230A\330\020\027\220q\330\014\017\210u\220C\220q\330\020\026\220d\230%\230q\240\001\330\014\023\2208\2309\240C\240~\260Y\270b\300\t\310\024\310Q\330\014\017\210t\2205\230\001\230\026\230v\240S\250\001\330\020\027\220q\200A\330 !\360&\000\t\020\210t\220=\240\001\240\031\250$\250a\200A\330!\"\360&""\000\t\020\210t\220=\240\001\240\026\240t\2501\200A\33023\360\026\000\t\024\2201\220H\230A\230V\2401\330\010\t\330\014\023\2204\220x\230w\240c\250\027\260\001\330\014\017\210t\2202\220S\230\010\240\004\240A\330\020\026\220j\240\001\240\022\2401\320$C\3001\300D\310\001\330\014\023\2204\220u\230A\230X\240T\250\026\250v\260T\270\035\300j\320PQ\340\014\034\230A\230Q\230a\200A\340\010\013\2108\2207\230%\230t\240:\250Q\250i\260r\270\021\330\014\022\220*\230A\230Z\240q\250\001\330\010\014\210K\220q\200A\340\010\014\210K\220x\230z\250\021\200A\340\010\017\210t\2201\200A\360\006\000\t\r\210F\220!\330\010\017\320\017%\240Q\240a\240t\2509\260B\260a\200A\360\006\000\t\020\210t\2208\2301\230F\240!\200A\360\010\000\t\024\2201\220F\230!\2306\240\021\330\010\t\330\014\023\2204\220u\230A\230^\2504\250v\260T\270\026\270s\300!\340\014\034\230A\230Q\230a\200A\360\016\000\t\036\230Q\330\010\023\2201\220F\230!\2306\240\021\330\010\t\330\014\026\220d\230!\330\014\027\220{\240!\2401\330\014\022\220%\220r\230\032\2404\240q\330\020\030\230\004\230E\240\021\330\024\"\240$\240e\2502\250V\2604\260u\270B\270f\300I\310Q\360\006\000\r\035\230A\230Q\230a\200A\360\020\000\t\r\210L\230\001\330\010\014\210F\220!\200A\360\020\000\t\020\210t\2208\2301\230F\240$\240a\200A\360\022\000\t\014\2104\210r\220\023\220G\2301\330\014\022\220*\230A\230V\2401\240A\330\010\014\210F\220!\330\010\013\2104\210s\220!\330\014\020\220\014\230A\230Q\330\010\037\230q\240\001\240\024\240Y\250d\260#\260S\270\004\270C\270q\330\010\014\210K\220v\230Q\200A\360\026\000\t\024\2201\220F\230!\2306\240\021\330\010\t\330\014\017\210t\2205\230\003\2301\330\020\027\220q\330\014\026\220d\230!\330\014\023\2204\220u\230A\230^\2504\250v\260T\270\026\270y\310\013\320ST\320TU\340\014\034\230A\230Q\230a\320\004\034\230O\320+=\270]\310.\320XY\340\010\017\210|\2305\240\001\240\026\240v\250[\270\n\300(\310!\320\004#\2401\340\010\017\210\177\230a\230v\240T\250\031\260)\2701\320\0042\260!\340\010\017\210}\230A\230T\240\025\240a\240z\260\024\260""\\\300\032\3101\320\n0\260\001";
+    #else /* compression: none (3761 bytes) */
+static const char bytes[] = " at this moment bytes bytes into a buffer of  in use; create it with more connections open; create it with more listeners s(tree fragment).0 bytes: it would look like the end: : 0 or more seconds, or None: SHUT_RD, SHUT_WR or SHUT_RDWR: another thread : it would wait: no process listens: nothing moved in : the other end is gone: the other end receives no more?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a Half is made by its Streamadd_notecannot move cannot receive channel connection of descriptor disableenablegchow isenabledivshmem.channel.ivshmem.errorsivshmem.system.time_limitsivshmem.textivshmem/channel/streams.pyxno default __reduce__ due to non-trivial __cinit__self.probed cannot be converted to a Python object for picklingself.stream cannot be converted to a Python object for picklingtimeout timeout is not a numberChannelErrorHalfHalf.__reduce_cython__Half.__setstate_cython__StreamStream.__reduce_cython__Stream.__setstate_cython__Stream._recv_nowStream._send_nowStream._silenceStream.abortStream.gettimeoutStream.makefileStream.read_fromStream.recvStream.recv_asyncStream.recv_intoStream.sendStream.sendallStream.sendall_asyncStream.setblockingStream.settimeoutStream.shutdownStream.write_toStreamListenerStreamListener.__reduce_cython__StreamListener.__setstate_cython__StreamListener.acceptStreamListener.accept_async__Pyx_PyDict_NextRef__annotate____await____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutine_recv_now_send_now_silenceabortacceptaccept_asyncall_ofasyncio.coroutinesbufferbufferingchannelscline_in_tracebackclosecodeconnectconnectiondatadeadlinedeadline_ofdoneencodeencodingerrorsfdfilenoflagfoundggettimeouthowitemsivshmem.channel.streamslistenermakefilemembershipmode""monotonicmostnbytesnewlinenextosoverpoprread_fromreceivesrecvrecv_asyncrecv_intoroomseconds_ofselfsendsendallsendall_asyncsendssentsetblockingsetdefaultsettimeoutshutdownsizespinstreamstream_filesstrerrorsystem.time_limitstextthrowtimetimeoutvaluevaluesviewwrite_toPyObject *(PyObject *, int __pyx_skip_dispatch)\000int (PyObject *, PyObject *, PyObject *, Py_buffer *)\000int (PyObject *, Py_buffer *, int)\000int (struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, PyObject *)\000flat\000take_typed\000take_without_objects\000open_channelPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000\000until_no_wait\000until_somethingint (struct ivshmem_stream *)\000look_both\200\001\330\004\n\210+\220Q\200\001\360\016\000\005\032\230\026\230x\240q\250\001\340\004\020\220\001\220\030\230\032\240<\250q\330\004\n\210\047\220\033\230A\230V\2401\330\004\n\210\047\220\032\2301\230J\240a\330\004\013\320\013!\240\021\240!\2406\250\021\330\004\007\200u\210C\210q\330\010\016\320\016$\240A\240Z\250q\260\006\260a\330\004\007\200u\210C\210q\330\010\017\210v\220X\230W\240I\250Q\330\010\016\210l\230!\330\014\026\220a\220v\230Z\240q\250\006\250a\250v\260Q\360\006\000\005\010\200q\330\010\016\210f\220E\230\021\230!\330\004\n\210&\220\001\330\004\016\210f\220A\330\004\013\2101\200A\330\035+\2501\360\032\000\t\036\230V\2408\2501\250A\340\010\016\210j\230\001\230\021\330\010\t\330\014\023\2204\220|\2401\240H\250I\260Q\330\014\017\210u\220C\220q\330\020\026\220f\230A\330\020\027\220q\330\014\017\210u\220C\220q\330\020\026\220d\230%\230q\240\001\340\014\017\210t\2207\230!\330\020\024\220H\230A\200A\330 !\360&\000\t\020\210t\220=\240\001\240\031\250$\250a\200A\330!\"\360&\000\t\020\210t\220=\240\001\240\026\240t\2501\200A\33023\360\026\000\t\024\2201\220H\230A\230V\2401\330\010\t\330\014\023\2204\220x\230w\240c\250\027\260\001\330\014\017\210t\2202\220S\230\010\240\004""\240A\330\020\026\220j\240\001\240\022\2401\320$C\3001\300D\310\001\330\014\023\2204\220u\230A\230X\240T\250\026\250v\260T\270\035\300j\320PQ\340\014\034\230A\230Q\230a\200A\340\010\013\2108\2207\230%\230t\240:\250Q\250i\260r\270\021\330\014\022\220*\230A\230Z\240q\250\001\330\010\014\210K\220q\200A\340\010\014\210K\220x\230z\250\021\200A\340\010\017\210t\2201\200A\360\006\000\t\r\210F\220!\330\010\017\320\017%\240Q\240a\240t\2509\260B\260a\200A\360\006\000\t\020\210t\2208\2301\230F\240!\200A\360\010\000\t\024\2201\220F\230!\2306\240\021\330\010\t\330\014\023\2204\220u\230A\230^\2504\250v\260T\270\026\270s\300!\340\014\034\230A\230Q\230a\200A\360\016\000\t\036\230Q\330\010\023\2201\220F\230!\2306\240\021\330\010\t\330\014\026\220d\230!\330\014\027\220{\240!\2401\330\014\022\220%\220r\230\032\2404\240q\330\020\030\230\004\230E\240\021\330\024\"\240$\240e\2502\250V\2604\260u\270B\270f\300I\310Q\360\006\000\r\035\230A\230Q\230a\200A\360\020\000\t\r\210L\230\001\330\010\014\210F\220!\200A\360\020\000\t\020\210t\2208\2301\230F\240$\240a\200A\360\022\000\t\014\2104\210r\220\023\220G\2301\330\014\022\220*\230A\230V\2401\240A\330\010\014\210F\220!\330\010\013\2104\210s\220!\330\014\020\220\014\230A\230Q\330\010\037\230q\240\001\240\024\240Y\250d\260#\260S\270\004\270C\270q\330\010\014\210K\220v\230Q\200A\360\026\000\t\024\2201\220F\230!\2306\240\021\330\010\t\330\014\017\210t\2205\230\003\2301\330\020\027\220q\330\014\026\220d\230!\330\014\023\2204\220u\230A\230^\2504\250v\260T\270\026\270y\310\013\320ST\320TU\340\014\034\230A\230Q\230a\320\004\034\230O\320+=\270]\310.\320XY\340\010\017\210|\2305\240\001\240\026\240v\250[\270\n\300(\310!\320\004#\2401\340\010\017\210\177\230a\230v\240T\250\031\260)\2701\320\0042\260!\340\010\017\210}\230A\230T\240\025\240a\240z\260\024\260\\\300\032\3101\320\n0\260\001";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 170; i++) {
+    for (int i = 0; i < 169; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 43) PyUnicode_InternInPlace(&string);
@@ -19613,8 +19947,8 @@ static const char bytes[] = " at this moment bytes bytes into a buffer of  in us
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 170; i < 195; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-170].length;
+    for (int i = 169; i < 194; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-169].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -19624,14 +19958,14 @@ static const char bytes[] = " at this moment bytes bytes into a buffer of  in us
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 195; i++) {
+    for (Py_ssize_t i = 0; i < 194; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 170;
+      PyObject **table = stringtab + 169;
       for (Py_ssize_t i=0; i<25; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -19718,17 +20052,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 508};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 528};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_sent};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_sendall_async, __pyx_mstate->__pyx_kp_b_iso88591_0, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 76};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_stream, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_deadline, __pyx_mstate->__pyx_n_u_left};
-    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_accept, __pyx_mstate->__pyx_kp_b_iso88591_A_1_V81A_j_aq_a_AT_4_6_uCq_fA_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 99};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_stream, __pyx_mstate->__pyx_n_u_code};
+    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_accept, __pyx_mstate->__pyx_kp_b_iso88591_A_1_V81A_j_4_1HIQ_uCq_fA_q_uCq_d, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 107};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 127};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_accept_async, __pyx_mstate->__pyx_kp_b_iso88591_1_avT_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
@@ -19743,7 +20077,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 124};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 144};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_channels, __pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_found, __pyx_mstate->__pyx_n_u_stream, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_most};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_connect, __pyx_mstate->__pyx_kp_b_iso88591_xq_q_AV1_1Ja_6_uCq_AZq_a_uCq_vX, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
@@ -19758,82 +20092,82 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 311};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 331};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_abort, __pyx_mstate->__pyx_kp_b_iso88591_A_L_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 324};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 344};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_settimeout, __pyx_mstate->__pyx_kp_b_iso88591_A_87_t_Qir_AZq_Kq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 330};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 350};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_gettimeout, __pyx_mstate->__pyx_kp_b_iso88591_A_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 334};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 354};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_flag};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_setblocking, __pyx_mstate->__pyx_kp_b_iso88591_A_Kxz, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 354};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 374};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_send, __pyx_mstate->__pyx_kp_b_iso88591_A_1F_6_t5_1_q_d_4uA_4vT_y_STTU_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 413};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 433};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_deadline};
     __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_sendall, __pyx_mstate->__pyx_kp_b_iso88591_A_Q_1F_6_d_1_r_4q_E_e2V4uBfIQ_AQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 456};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 476};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size};
     __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv, __pyx_mstate->__pyx_kp_b_iso88591_A_t81F_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 478};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 498};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_nbytes, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_room};
     __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_into, __pyx_mstate->__pyx_kp_b_iso88591_A23_1HAV1_4xwc_t2S_A_j_1_C1D_4uA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 499};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 519};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_async, __pyx_mstate->__pyx_kp_b_iso88591_2_AT_az_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 503};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 523};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size};
     __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_now, __pyx_mstate->__pyx_kp_b_iso88591_A_t81F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 518};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 538};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_view};
     __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_send_now, __pyx_mstate->__pyx_kp_b_iso88591_A_1F_6_4uA_4vT_s_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 617};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 637};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_size};
     __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_read_from, __pyx_mstate->__pyx_kp_b_iso88591_A_t_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 639};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 659};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_size};
     __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_write_to, __pyx_mstate->__pyx_kp_b_iso88591_A_t_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 661};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 681};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_silence, __pyx_mstate->__pyx_kp_b_iso88591_A_F_Qat9Ba, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 667};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 687};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_how};
     __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_shutdown, __pyx_mstate->__pyx_kp_b_iso88591_A_4r_G1_AV1A_F_4s_AQ_q_Yd_S_Cq_K, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 3, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 684};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 3, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 704};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_mode, __pyx_mstate->__pyx_n_u_buffering, __pyx_mstate->__pyx_n_u_encoding, __pyx_mstate->__pyx_n_u_errors, __pyx_mstate->__pyx_n_u_newline};
     __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_makefile, __pyx_mstate->__pyx_kp_b_iso88591_O_XY_5_v, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }
@@ -21849,6 +22183,245 @@ __pyx_return_false:
     return 0;
 }
 
+/* GetException */
+#if CYTHON_FAST_THREAD_STATE
+static int __Pyx__GetException(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb)
+#else
+static int __Pyx_GetException(PyObject **type, PyObject **value, PyObject **tb)
+#endif
+{
+    PyObject *local_type = NULL, *local_value, *local_tb = NULL;
+#if CYTHON_FAST_THREAD_STATE
+    PyObject *tmp_type, *tmp_value, *tmp_tb;
+  #if PY_VERSION_HEX >= 0x030C0000
+    local_value = tstate->current_exception;
+    tstate->current_exception = 0;
+  #else
+    local_type = tstate->curexc_type;
+    local_value = tstate->curexc_value;
+    local_tb = tstate->curexc_traceback;
+    tstate->curexc_type = 0;
+    tstate->curexc_value = 0;
+    tstate->curexc_traceback = 0;
+  #endif
+#elif __PYX_LIMITED_VERSION_HEX >= 0x030C0000
+    local_value = PyErr_GetRaisedException();
+#else
+    PyErr_Fetch(&local_type, &local_value, &local_tb);
+#endif
+#if __PYX_LIMITED_VERSION_HEX >= 0x030C0000
+    if (likely(local_value)) {
+        local_type = (PyObject*) Py_TYPE(local_value);
+        Py_INCREF(local_type);
+        local_tb = PyException_GetTraceback(local_value);
+    }
+#else
+    PyErr_NormalizeException(&local_type, &local_value, &local_tb);
+#if CYTHON_FAST_THREAD_STATE
+    if (unlikely(tstate->curexc_type))
+#else
+    if (unlikely(PyErr_Occurred()))
+#endif
+        goto bad;
+    if (local_tb) {
+        if (unlikely(PyException_SetTraceback(local_value, local_tb) < 0))
+            goto bad;
+    }
+#endif // __PYX_LIMITED_VERSION_HEX >= 0x030C0000
+    Py_XINCREF(local_tb);
+    Py_XINCREF(local_type);
+    Py_XINCREF(local_value);
+    *type = local_type;
+    *value = local_value;
+    *tb = local_tb;
+#if CYTHON_FAST_THREAD_STATE
+    #if CYTHON_USE_EXC_INFO_STACK
+    {
+        _PyErr_StackItem *exc_info = tstate->exc_info;
+      #if PY_VERSION_HEX >= 0x030B00a4
+        tmp_value = exc_info->exc_value;
+        exc_info->exc_value = local_value;
+        tmp_type = NULL;
+        tmp_tb = NULL;
+        Py_XDECREF(local_type);
+        Py_XDECREF(local_tb);
+      #else
+        tmp_type = exc_info->exc_type;
+        tmp_value = exc_info->exc_value;
+        tmp_tb = exc_info->exc_traceback;
+        exc_info->exc_type = local_type;
+        exc_info->exc_value = local_value;
+        exc_info->exc_traceback = local_tb;
+      #endif
+    }
+    #else
+    tmp_type = tstate->exc_type;
+    tmp_value = tstate->exc_value;
+    tmp_tb = tstate->exc_traceback;
+    tstate->exc_type = local_type;
+    tstate->exc_value = local_value;
+    tstate->exc_traceback = local_tb;
+    #endif
+    Py_XDECREF(tmp_type);
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(tmp_tb);
+#elif __PYX_LIMITED_VERSION_HEX >= 0x030b0000
+    PyErr_SetHandledException(local_value);
+    Py_XDECREF(local_value);
+    Py_XDECREF(local_type);
+    Py_XDECREF(local_tb);
+#else
+    PyErr_SetExcInfo(local_type, local_value, local_tb);
+#endif
+    return 0;
+#if __PYX_LIMITED_VERSION_HEX < 0x030C0000
+bad:
+    *type = 0;
+    *value = 0;
+    *tb = 0;
+    Py_XDECREF(local_type);
+    Py_XDECREF(local_value);
+    Py_XDECREF(local_tb);
+    return -1;
+#endif
+}
+
+/* SwapException */
+#if CYTHON_FAST_THREAD_STATE
+static CYTHON_INLINE void __Pyx__ExceptionSwap(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
+    PyObject *tmp_type, *tmp_value, *tmp_tb;
+  #if CYTHON_USE_EXC_INFO_STACK && PY_VERSION_HEX >= 0x030B00a4
+    _PyErr_StackItem *exc_info = tstate->exc_info;
+    tmp_value = exc_info->exc_value;
+    exc_info->exc_value = *value;
+    if (tmp_value == NULL || tmp_value == Py_None) {
+        Py_XDECREF(tmp_value);
+        tmp_value = NULL;
+        tmp_type = NULL;
+        tmp_tb = NULL;
+    } else {
+        tmp_type = (PyObject*) Py_TYPE(tmp_value);
+        Py_INCREF(tmp_type);
+        #if CYTHON_COMPILING_IN_CPYTHON
+        tmp_tb = ((PyBaseExceptionObject*) tmp_value)->traceback;
+        Py_XINCREF(tmp_tb);
+        #else
+        tmp_tb = PyException_GetTraceback(tmp_value);
+        #endif
+    }
+  #elif CYTHON_USE_EXC_INFO_STACK
+    _PyErr_StackItem *exc_info = tstate->exc_info;
+    tmp_type = exc_info->exc_type;
+    tmp_value = exc_info->exc_value;
+    tmp_tb = exc_info->exc_traceback;
+    exc_info->exc_type = *type;
+    exc_info->exc_value = *value;
+    exc_info->exc_traceback = *tb;
+  #else
+    tmp_type = tstate->exc_type;
+    tmp_value = tstate->exc_value;
+    tmp_tb = tstate->exc_traceback;
+    tstate->exc_type = *type;
+    tstate->exc_value = *value;
+    tstate->exc_traceback = *tb;
+  #endif
+    *type = tmp_type;
+    *value = tmp_value;
+    *tb = tmp_tb;
+}
+#else
+static CYTHON_INLINE void __Pyx_ExceptionSwap(PyObject **type, PyObject **value, PyObject **tb) {
+    PyObject *tmp_type, *tmp_value, *tmp_tb;
+    PyErr_GetExcInfo(&tmp_type, &tmp_value, &tmp_tb);
+    PyErr_SetExcInfo(*type, *value, *tb);
+    *type = tmp_type;
+    *value = tmp_value;
+    *tb = tmp_tb;
+}
+#endif
+
+/* GetTopmostException (used by SaveResetException) */
+#if CYTHON_USE_EXC_INFO_STACK && CYTHON_FAST_THREAD_STATE
+static _PyErr_StackItem *
+__Pyx_PyErr_GetTopmostException(PyThreadState *tstate)
+{
+    _PyErr_StackItem *exc_info = tstate->exc_info;
+    while ((exc_info->exc_value == NULL || exc_info->exc_value == Py_None) &&
+           exc_info->previous_item != NULL)
+    {
+        exc_info = exc_info->previous_item;
+    }
+    return exc_info;
+}
+#endif
+
+/* SaveResetException */
+#if CYTHON_FAST_THREAD_STATE
+static CYTHON_INLINE void __Pyx__ExceptionSave(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
+  #if CYTHON_USE_EXC_INFO_STACK && PY_VERSION_HEX >= 0x030B00a4
+    _PyErr_StackItem *exc_info = __Pyx_PyErr_GetTopmostException(tstate);
+    PyObject *exc_value = exc_info->exc_value;
+    if (exc_value == NULL || exc_value == Py_None) {
+        *value = NULL;
+        *type = NULL;
+        *tb = NULL;
+    } else {
+        *value = exc_value;
+        Py_INCREF(*value);
+        *type = (PyObject*) Py_TYPE(exc_value);
+        Py_INCREF(*type);
+        *tb = PyException_GetTraceback(exc_value);
+    }
+  #elif CYTHON_USE_EXC_INFO_STACK
+    _PyErr_StackItem *exc_info = __Pyx_PyErr_GetTopmostException(tstate);
+    *type = exc_info->exc_type;
+    *value = exc_info->exc_value;
+    *tb = exc_info->exc_traceback;
+    Py_XINCREF(*type);
+    Py_XINCREF(*value);
+    Py_XINCREF(*tb);
+  #else
+    *type = tstate->exc_type;
+    *value = tstate->exc_value;
+    *tb = tstate->exc_traceback;
+    Py_XINCREF(*type);
+    Py_XINCREF(*value);
+    Py_XINCREF(*tb);
+  #endif
+}
+static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb) {
+  #if CYTHON_USE_EXC_INFO_STACK && PY_VERSION_HEX >= 0x030B00a4
+    _PyErr_StackItem *exc_info = tstate->exc_info;
+    PyObject *tmp_value = exc_info->exc_value;
+    exc_info->exc_value = value;
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(type);
+    Py_XDECREF(tb);
+  #else
+    PyObject *tmp_type, *tmp_value, *tmp_tb;
+    #if CYTHON_USE_EXC_INFO_STACK
+    _PyErr_StackItem *exc_info = tstate->exc_info;
+    tmp_type = exc_info->exc_type;
+    tmp_value = exc_info->exc_value;
+    tmp_tb = exc_info->exc_traceback;
+    exc_info->exc_type = type;
+    exc_info->exc_value = value;
+    exc_info->exc_traceback = tb;
+    #else
+    tmp_type = tstate->exc_type;
+    tmp_value = tstate->exc_value;
+    tmp_tb = tstate->exc_traceback;
+    tstate->exc_type = type;
+    tstate->exc_value = value;
+    tstate->exc_traceback = tb;
+    #endif
+    Py_XDECREF(tmp_type);
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(tmp_tb);
+  #endif
+}
+#endif
+
 /* RejectKeywords */
 static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds) {
     PyObject *key = NULL;
@@ -22100,245 +22673,6 @@ static PyObject* __Pyx_PyObject_Format(PyObject* obj, PyObject* format_spec) {
         return NULL;
     }
     return _PyUnicodeWriter_Finish(&writer);
-}
-#endif
-
-/* GetException */
-#if CYTHON_FAST_THREAD_STATE
-static int __Pyx__GetException(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb)
-#else
-static int __Pyx_GetException(PyObject **type, PyObject **value, PyObject **tb)
-#endif
-{
-    PyObject *local_type = NULL, *local_value, *local_tb = NULL;
-#if CYTHON_FAST_THREAD_STATE
-    PyObject *tmp_type, *tmp_value, *tmp_tb;
-  #if PY_VERSION_HEX >= 0x030C0000
-    local_value = tstate->current_exception;
-    tstate->current_exception = 0;
-  #else
-    local_type = tstate->curexc_type;
-    local_value = tstate->curexc_value;
-    local_tb = tstate->curexc_traceback;
-    tstate->curexc_type = 0;
-    tstate->curexc_value = 0;
-    tstate->curexc_traceback = 0;
-  #endif
-#elif __PYX_LIMITED_VERSION_HEX >= 0x030C0000
-    local_value = PyErr_GetRaisedException();
-#else
-    PyErr_Fetch(&local_type, &local_value, &local_tb);
-#endif
-#if __PYX_LIMITED_VERSION_HEX >= 0x030C0000
-    if (likely(local_value)) {
-        local_type = (PyObject*) Py_TYPE(local_value);
-        Py_INCREF(local_type);
-        local_tb = PyException_GetTraceback(local_value);
-    }
-#else
-    PyErr_NormalizeException(&local_type, &local_value, &local_tb);
-#if CYTHON_FAST_THREAD_STATE
-    if (unlikely(tstate->curexc_type))
-#else
-    if (unlikely(PyErr_Occurred()))
-#endif
-        goto bad;
-    if (local_tb) {
-        if (unlikely(PyException_SetTraceback(local_value, local_tb) < 0))
-            goto bad;
-    }
-#endif // __PYX_LIMITED_VERSION_HEX >= 0x030C0000
-    Py_XINCREF(local_tb);
-    Py_XINCREF(local_type);
-    Py_XINCREF(local_value);
-    *type = local_type;
-    *value = local_value;
-    *tb = local_tb;
-#if CYTHON_FAST_THREAD_STATE
-    #if CYTHON_USE_EXC_INFO_STACK
-    {
-        _PyErr_StackItem *exc_info = tstate->exc_info;
-      #if PY_VERSION_HEX >= 0x030B00a4
-        tmp_value = exc_info->exc_value;
-        exc_info->exc_value = local_value;
-        tmp_type = NULL;
-        tmp_tb = NULL;
-        Py_XDECREF(local_type);
-        Py_XDECREF(local_tb);
-      #else
-        tmp_type = exc_info->exc_type;
-        tmp_value = exc_info->exc_value;
-        tmp_tb = exc_info->exc_traceback;
-        exc_info->exc_type = local_type;
-        exc_info->exc_value = local_value;
-        exc_info->exc_traceback = local_tb;
-      #endif
-    }
-    #else
-    tmp_type = tstate->exc_type;
-    tmp_value = tstate->exc_value;
-    tmp_tb = tstate->exc_traceback;
-    tstate->exc_type = local_type;
-    tstate->exc_value = local_value;
-    tstate->exc_traceback = local_tb;
-    #endif
-    Py_XDECREF(tmp_type);
-    Py_XDECREF(tmp_value);
-    Py_XDECREF(tmp_tb);
-#elif __PYX_LIMITED_VERSION_HEX >= 0x030b0000
-    PyErr_SetHandledException(local_value);
-    Py_XDECREF(local_value);
-    Py_XDECREF(local_type);
-    Py_XDECREF(local_tb);
-#else
-    PyErr_SetExcInfo(local_type, local_value, local_tb);
-#endif
-    return 0;
-#if __PYX_LIMITED_VERSION_HEX < 0x030C0000
-bad:
-    *type = 0;
-    *value = 0;
-    *tb = 0;
-    Py_XDECREF(local_type);
-    Py_XDECREF(local_value);
-    Py_XDECREF(local_tb);
-    return -1;
-#endif
-}
-
-/* SwapException */
-#if CYTHON_FAST_THREAD_STATE
-static CYTHON_INLINE void __Pyx__ExceptionSwap(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
-    PyObject *tmp_type, *tmp_value, *tmp_tb;
-  #if CYTHON_USE_EXC_INFO_STACK && PY_VERSION_HEX >= 0x030B00a4
-    _PyErr_StackItem *exc_info = tstate->exc_info;
-    tmp_value = exc_info->exc_value;
-    exc_info->exc_value = *value;
-    if (tmp_value == NULL || tmp_value == Py_None) {
-        Py_XDECREF(tmp_value);
-        tmp_value = NULL;
-        tmp_type = NULL;
-        tmp_tb = NULL;
-    } else {
-        tmp_type = (PyObject*) Py_TYPE(tmp_value);
-        Py_INCREF(tmp_type);
-        #if CYTHON_COMPILING_IN_CPYTHON
-        tmp_tb = ((PyBaseExceptionObject*) tmp_value)->traceback;
-        Py_XINCREF(tmp_tb);
-        #else
-        tmp_tb = PyException_GetTraceback(tmp_value);
-        #endif
-    }
-  #elif CYTHON_USE_EXC_INFO_STACK
-    _PyErr_StackItem *exc_info = tstate->exc_info;
-    tmp_type = exc_info->exc_type;
-    tmp_value = exc_info->exc_value;
-    tmp_tb = exc_info->exc_traceback;
-    exc_info->exc_type = *type;
-    exc_info->exc_value = *value;
-    exc_info->exc_traceback = *tb;
-  #else
-    tmp_type = tstate->exc_type;
-    tmp_value = tstate->exc_value;
-    tmp_tb = tstate->exc_traceback;
-    tstate->exc_type = *type;
-    tstate->exc_value = *value;
-    tstate->exc_traceback = *tb;
-  #endif
-    *type = tmp_type;
-    *value = tmp_value;
-    *tb = tmp_tb;
-}
-#else
-static CYTHON_INLINE void __Pyx_ExceptionSwap(PyObject **type, PyObject **value, PyObject **tb) {
-    PyObject *tmp_type, *tmp_value, *tmp_tb;
-    PyErr_GetExcInfo(&tmp_type, &tmp_value, &tmp_tb);
-    PyErr_SetExcInfo(*type, *value, *tb);
-    *type = tmp_type;
-    *value = tmp_value;
-    *tb = tmp_tb;
-}
-#endif
-
-/* GetTopmostException (used by SaveResetException) */
-#if CYTHON_USE_EXC_INFO_STACK && CYTHON_FAST_THREAD_STATE
-static _PyErr_StackItem *
-__Pyx_PyErr_GetTopmostException(PyThreadState *tstate)
-{
-    _PyErr_StackItem *exc_info = tstate->exc_info;
-    while ((exc_info->exc_value == NULL || exc_info->exc_value == Py_None) &&
-           exc_info->previous_item != NULL)
-    {
-        exc_info = exc_info->previous_item;
-    }
-    return exc_info;
-}
-#endif
-
-/* SaveResetException */
-#if CYTHON_FAST_THREAD_STATE
-static CYTHON_INLINE void __Pyx__ExceptionSave(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
-  #if CYTHON_USE_EXC_INFO_STACK && PY_VERSION_HEX >= 0x030B00a4
-    _PyErr_StackItem *exc_info = __Pyx_PyErr_GetTopmostException(tstate);
-    PyObject *exc_value = exc_info->exc_value;
-    if (exc_value == NULL || exc_value == Py_None) {
-        *value = NULL;
-        *type = NULL;
-        *tb = NULL;
-    } else {
-        *value = exc_value;
-        Py_INCREF(*value);
-        *type = (PyObject*) Py_TYPE(exc_value);
-        Py_INCREF(*type);
-        *tb = PyException_GetTraceback(exc_value);
-    }
-  #elif CYTHON_USE_EXC_INFO_STACK
-    _PyErr_StackItem *exc_info = __Pyx_PyErr_GetTopmostException(tstate);
-    *type = exc_info->exc_type;
-    *value = exc_info->exc_value;
-    *tb = exc_info->exc_traceback;
-    Py_XINCREF(*type);
-    Py_XINCREF(*value);
-    Py_XINCREF(*tb);
-  #else
-    *type = tstate->exc_type;
-    *value = tstate->exc_value;
-    *tb = tstate->exc_traceback;
-    Py_XINCREF(*type);
-    Py_XINCREF(*value);
-    Py_XINCREF(*tb);
-  #endif
-}
-static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb) {
-  #if CYTHON_USE_EXC_INFO_STACK && PY_VERSION_HEX >= 0x030B00a4
-    _PyErr_StackItem *exc_info = tstate->exc_info;
-    PyObject *tmp_value = exc_info->exc_value;
-    exc_info->exc_value = value;
-    Py_XDECREF(tmp_value);
-    Py_XDECREF(type);
-    Py_XDECREF(tb);
-  #else
-    PyObject *tmp_type, *tmp_value, *tmp_tb;
-    #if CYTHON_USE_EXC_INFO_STACK
-    _PyErr_StackItem *exc_info = tstate->exc_info;
-    tmp_type = exc_info->exc_type;
-    tmp_value = exc_info->exc_value;
-    tmp_tb = exc_info->exc_traceback;
-    exc_info->exc_type = type;
-    exc_info->exc_value = value;
-    exc_info->exc_traceback = tb;
-    #else
-    tmp_type = tstate->exc_type;
-    tmp_value = tstate->exc_value;
-    tmp_tb = tstate->exc_traceback;
-    tstate->exc_type = type;
-    tstate->exc_value = value;
-    tstate->exc_traceback = tb;
-    #endif
-    Py_XDECREF(tmp_type);
-    Py_XDECREF(tmp_value);
-    Py_XDECREF(tmp_tb);
-  #endif
 }
 #endif
 

@@ -58,6 +58,7 @@ cdef class StreamListener(ChannelEnd):
         return 0 if ivshmem_listener_has_caller(&self.listener) else IVSHMEM_AGAIN
 
     cdef int begin_sleep(self) except? -2:
+        self.slept = True
         ivshmem_sleep_begin(&self.channel, &self.listener.sleep)
         return self.attempt()
 
@@ -72,6 +73,28 @@ cdef class StreamListener(ChannelEnd):
     cdef int give_up(self) except -1:
         ivshmem_listener_close(&self.listener)
         return 0
+
+    cdef int pass_on(self) except -1:
+        """A ring wakes one listener: wake another one if there is more."""
+        if self.slept:
+            self.slept = False
+            ivshmem_listener_pass_on(&self.listener)
+            self.membership.flush()
+        return 0
+
+    cdef int next_caller(self, Stream stream, object timeout, object spin) except? -2:
+        """Accept; 0, or IVSHMEM_AGAIN: no caller came in time."""
+        cdef int code
+        deadline = deadline_of(timeout)
+        while True:
+            self.enter()
+            stream.stream.channel = &self.channel
+            code = ivshmem_accept(&self.listener, &stream.stream)
+            if code != IVSHMEM_AGAIN:
+                return code
+            left = None if deadline is None else max(deadline - monotonic(), 0)
+            if self.wait(left, spin) == IVSHMEM_AGAIN:
+                return IVSHMEM_AGAIN
 
     @cython.critical_section
     def accept(self, timeout=None, *, spin=None):
@@ -90,19 +113,16 @@ cdef class StreamListener(ChannelEnd):
         cdef Stream stream = Stream.__new__(Stream)
         cdef int code
         stream.take_over(self)
-        deadline = deadline_of(timeout)
-        while True:
-            self.enter()
-            stream.stream.channel = &self.channel
-            code = ivshmem_accept(&self.listener, &stream.stream)
+        try:
+            code = self.next_caller(stream, timeout, spin)
             if code == 0:
                 stream.begin()
                 return stream
             if code != IVSHMEM_AGAIN:
                 raise self.fail(code)
-            left = None if deadline is None else max(deadline - monotonic(), 0)
-            if self.wait(left, spin) == IVSHMEM_AGAIN:
-                return None
+        finally:
+            if self.usable():
+                self.pass_on()
 
     def accept_async(self, timeout=None):
         """The twin of `accept` for asyncio: a coroutine. To cancel it takes nothing."""

@@ -30,6 +30,7 @@ struct ivshmem_listener {
     unsigned slot, epoch;
     unsigned turn;
     struct ivshmem_sleep sleep;
+    struct ivshmem_rung rung_listeners;
 };
 
 /* One end of a connection. */
@@ -136,6 +137,8 @@ static inline int ivshmem_listen(struct ivshmem_listener *listener)
     if (listener->channel->area.memory.readonly)
         return IVSHMEM_READ_ONLY;
     listener->turn = 0;
+    for (unsigned i = 0; i < IVSHMEM_MOST_READERS; i++)
+        listener->rung_listeners.words[i] = 0;
     return ivshmem_reader_slot(listener->channel, listener->member, &listener->slot,
                                &listener->epoch, &listener->sleep);
 }
@@ -252,7 +255,8 @@ static inline int ivshmem_listener_has_caller(const struct ivshmem_listener *lis
     return 0;
 }
 
-/* Accept the next caller. IVSHMEM_AGAIN: there is none. */
+/* Accept the next caller. IVSHMEM_AGAIN: there is none. A listener that has slept calls
+ * ivshmem_listener_pass_on afterwards. */
 static inline int ivshmem_accept(struct ivshmem_listener *listener, struct ivshmem_stream *stream)
 {
     struct ivshmem_channel *channel = listener->channel;
@@ -287,6 +291,15 @@ static inline int ivshmem_accept(struct ivshmem_listener *listener, struct ivshm
         return 0;
     }
     return IVSHMEM_AGAIN;
+}
+
+/* After what followed a sleep: a caller that was accepted, or a wait that ended without one. A caller
+ * rings one listener, and two callers perhaps the same one. */
+static inline void ivshmem_listener_pass_on(struct ivshmem_listener *listener)
+{
+    ivshmem_full_fence(&listener->channel->area.memory);
+    if (ivshmem_listener_has_caller(listener))
+        ivshmem_wake_readers(listener->member, listener->channel, 1, &listener->rung_listeners);
 }
 
 /* What the other end says of itself. */
