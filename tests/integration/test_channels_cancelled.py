@@ -501,7 +501,7 @@ def test_a_task_that_was_rung_for_two(
 ) -> None:
     """It takes one, and no more for now. The other one is another process's."""
     takers = kind(join)
-    kept = []
+    kept: list[Any] = []
 
     async def work() -> None:
         tasks = [asyncio.ensure_future(takers.twin(end)) for end in takers.ends]
