@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import shlex
 import shutil
@@ -197,6 +198,45 @@ def slices(events: list[Any]) -> dict[tuple[int, int], int]:
             assert since.pop(track) <= event["ts"]
     assert not since
     return found
+
+
+def test_a_ring_that_is_taken_at_once_is_one_ring(
+    served: Server, pair: tuple[Client, Client]
+) -> None:
+    """Also if the watcher looks while it is taken: a process of its own looks all the time."""
+    one, two = pair
+    with mmap.mmap(-1, mmap.PAGESIZE) as shared, memoryview(shared).cast("Q") as words:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                with RingWatcher(served.path) as watcher:
+                    quiet(watcher)
+                    words[1] = 1
+                    while words[2] == 0:
+                        words[0] += [type(sight) for sight in watcher.watch(0)].count(Rung)
+            finally:
+                os._exit(0)
+        try:
+            until(lambda: words[1], "a watcher")
+            twice = 0
+            for _ in range(2000):
+                before = words[0]
+                one.ring(two.id, 1)
+                assert two.wait(1, timeout=PATIENCE) == 1
+                spin_until(lambda before=before: words[0] != before, 0.01)  # type: ignore[misc]
+                spin_until(lambda: False, 0.0001)
+                twice += words[0] - before > 1
+        finally:
+            words[2] = 1
+            os.waitpid(pid, 0)
+        assert words[0] > 1000
+        assert twice == 0
+
+
+def spin_until(condition: Callable[[], bool], most: float) -> None:
+    end = time.perf_counter() + most
+    while not condition() and time.perf_counter() < end:
+        pass
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -80,7 +80,8 @@ Sight: TypeAlias = "Joined | Left | Rung | InterruptTaken"
 class _Bell:
     """A vector of a peer, and whether an interrupt was pending at the last look."""
 
-    def __init__(self, peer: int, vector: int, fd: Fd) -> None:
+    def __init__(self, token: int, peer: int, vector: int, fd: Fd) -> None:
+        self.token = token
         self.peer = peer
         self.vector = vector
         self.fd = fd
@@ -162,9 +163,14 @@ class RingWatcher(Uncopied):
             return  # what epoll says when an eventfd is added
         if before and not pending:
             yield InterruptTaken(now, bell.peer, bell.vector)
-        else:
-            taken = not bell.pending
-            yield Rung(now, bell.peer, bell.vector, taken, self._only_one(bell.peer))
+            return
+        if not bell.pending:
+            # A process that takes an interrupt sets the eventfd to 0 first, and wakes who watches it
+            # then. If this look came between the two, the second one is still to come, and is no
+            # ring. To remove the eventfd waits until it has come, and forgets it.
+            self._epoll.remove(bell.fd.fileno())
+            self._register(bell)
+        yield Rung(now, bell.peer, bell.vector, not bell.pending, self._only_one(bell.peer))
 
     def _only_one(self, rung: int) -> int:
         """Return the peer that must have rung this one: the only other one, besides the watcher."""
@@ -206,10 +212,16 @@ class RingWatcher(Uncopied):
 
     def _add(self, got: GotVector) -> _Bell:
         self._token += 1
-        self._epoll.add(got.fd.fileno(), self._token, EPOLLIN | EPOLLOUT | select.EPOLLET)
-        bell = self._bells[self._token] = _Bell(got.peer, got.vector, got.fd)
+        bell = _Bell(self._token, got.peer, got.vector, got.fd)
+        self._register(bell)
+        self._bells[self._token] = bell
         self._of.setdefault(got.peer, []).append(self._token)
         return bell
+
+    def _register(self, bell: _Bell) -> None:
+        bell.first = True
+        events = EPOLLIN | EPOLLOUT | select.EPOLLET
+        self._epoll.add(bell.fd.fileno(), bell.token, events)
 
     def close(self) -> None:
         """Leave; may be called twice."""
