@@ -38,20 +38,16 @@ def test_the_units_of_the_wheel() -> None:
     assert (prefix / "lib/sysusers.d/ivshmem.conf").read_text().splitlines()[-1].startswith("u ")
 
 
-@pytest.mark.nightly
-def test_the_files_of_the_sdist(tmp_path: Path) -> None:
-    """All that git has: so `make test` works from an sdist, too."""
+def tracked() -> set[str]:
+    """The files that git knows."""
     if not (HOME / ".git").exists():
         pytest.skip("this is an sdist: git, which knows what belongs to it, is not here")
     listed = subprocess.check_output(["git", "ls-files"], cwd=HOME, text=True, timeout=60)
-    tracked = {name for name in listed.splitlines() if (HOME / name).is_file()}
-    copy = tmp_path / "copy"
-    for name in tracked:
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        if name.endswith(".c"):  # 15 MB, which take seconds to compress
-            (copy / name).touch()
-        else:
-            shutil.copy(HOME / name, copy / name)
+    return {name for name in listed.splitlines() if (HOME / name).is_file()}
+
+
+def sdist(copy: Path) -> Path:
+    """The archive that setuptools makes of a tree."""
     (copy / "src/ivshmem/left_over.so").touch()  # of a build in place
     code = """if True:
         import sys
@@ -59,13 +55,45 @@ def test_the_files_of_the_sdist(tmp_path: Path) -> None:
         from setuptools import build_meta
         build_meta.build_sdist(sys.argv[1])
         """
-    command = [sys.executable, "-c", code, str(tmp_path)]
+    command = [sys.executable, "-c", code, str(copy.parent)]
     subprocess.run(command, cwd=copy, check=True, capture_output=True, timeout=120)
-    (archive,) = tmp_path.glob("*.tar.gz")
-    with tarfile.open(archive) as tar:
+    (archive,) = copy.parent.glob("*.tar.gz")
+    return archive
+
+
+@pytest.mark.nightly
+def test_the_files_of_the_sdist(tmp_path: Path) -> None:
+    """All that git has: so `make test` works from an sdist, too."""
+    copy, known = tmp_path / "copy", tracked()
+    for name in known:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".c"):  # 15 MB, which take seconds to compress
+            (copy / name).touch()
+        else:
+            shutil.copy(HOME / name, copy / name)
+    with tarfile.open(sdist(copy)) as tar:
         files = {member.name.partition("/")[2] for member in tar if member.isfile()}
     made = {name for name in files if ".egg-info/" in name} | {"PKG-INFO", "setup.cfg"}
-    assert files - made == tracked
+    assert files - made == known
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+def test_make_test_from_the_sdist(tmp_path: Path) -> None:
+    """With all its checks, and the unit tests: what it is made of is the same for the others."""
+    copy = tmp_path / "copy"
+    for name in tracked():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(HOME / name, copy / name)
+    (tmp_path / "unpacked").mkdir()
+    subprocess.run(["tar", "-xf", sdist(copy), "-C", tmp_path / "unpacked"], check=True)
+    (tree,) = (tmp_path / "unpacked").iterdir()
+    few = "-m 'not nightly and not serial' tests/unit tests/integration/test_packaging.py"
+    with (tmp_path / "log").open("w") as log:
+        status = subprocess.call(["make", "test", f"ARGS={few}"], cwd=tree, stdout=log, stderr=log)
+    text = (tmp_path / "log").read_text()
+    assert status == 0, text[-5000:]
+    assert " passed" in text
 
 
 def test_what_others_rely_on_stays() -> None:

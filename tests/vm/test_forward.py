@@ -8,17 +8,19 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.forwards import Forward
+from support.forwards import Forward, is_refused, is_reset, received
 from support.waiting import until
 
 import ivshmem
@@ -314,6 +316,145 @@ def test_guest_to_guest(pair: Pair, pair_host: ivshmem.Client, broker: tuple[str
     assert listens.expect("ECHO") == "ECHO True"
     listens.expect("REFUSED")
     for run in (listens, connects):
+        run.send("end")
+        assert run.expect("ENDED") == "ENDED 0"
+        assert run.wait() == 0
+
+
+# The guest's side of a forward to a socket that sends back what comes. Arguments: the forward's.
+ECHO = r"""
+import signal, socket, subprocess, sys, threading
+
+target = socket.socket(socket.AF_UNIX)
+target.bind("\0echo")
+target.listen(100)
+
+def echo(end):
+    with end:
+        try:
+            while data := end.recv(1 << 18):
+                end.sendall(data)
+        except OSError as error:
+            print("BROKEN", type(error).__name__, flush=True)
+        print("CLOSED", flush=True)
+
+def accept():
+    while True:
+        threading.Thread(target=echo, args=(target.accept()[0],), daemon=True).start()
+
+def started():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ivshmem", "forward", "--guest", "--memory", "vfio", "-v", "echo",
+         "--connect", "unix:@echo", *sys.argv[1:]],
+        stderr=subprocess.PIPE,
+    )
+    while b"echo: connects to" not in (line := process.stderr.readline()):
+        assert line
+    threading.Thread(target=process.stderr.read, daemon=True).start()
+    print("STARTED", flush=True)
+    return process
+
+threading.Thread(target=accept, daemon=True).start()
+forward = started()
+for line in sys.stdin:
+    forward.send_signal(signal.SIGKILL if line.strip() == "kill" else signal.SIGTERM)
+    print("ENDED", forward.wait(), flush=True)
+    if line.strip() == "end":
+        break
+    forward = started()
+"""
+ROOM = ("--connections", "24", "--buffer", "64K")  # whoever comes first creates the channel
+
+
+@contextmanager
+def echoing(socket_path: str) -> Iterator[Resident]:
+    """A guest with a processor for the program that echoes."""
+    with Guest(**STAYS, args=cmdline.doorbell(socket_path, 4), iommu=True, cpus=2) as guest:
+        yield Resident(guest)
+
+
+@pytest.fixture
+def near(socket_path: str, tmp_path: Path) -> Iterator[Forward]:
+    """The host's side, which listens, beside its server."""
+    with Server(socket_path, "16M", vectors=4, channels="8M").start():
+        words = ("-v", "echo", "--listen", "tcp:127.0.0.1:0")
+        side = Forward(tmp_path, "near", socket_path, *words, *ROOM)
+        yield side
+        assert side.end() == 0
+
+
+def dial(near: Forward) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", near.port()), timeout=TIMEOUT)
+
+
+def is_echoed(near: Forward, size: int, seed: int) -> bool:
+    """Whether so many bytes come back as they were sent, while more are sent."""
+    block = hashlib.shake_256(seed.to_bytes(4, "big")).digest(1_000_000)
+    sent, came = hashlib.sha256(), hashlib.sha256()
+    with dial(near) as end:
+
+        def send() -> None:
+            for _ in range(size // len(block)):
+                end.sendall(block)
+                sent.update(block)
+            end.shutdown(socket.SHUT_WR)
+
+        sending = threading.Thread(target=send)
+        sending.start()
+        while data := end.recv(1 << 18):
+            came.update(data)
+        sending.join()
+    return came.digest() == sent.digest()
+
+
+@pytest.mark.nightly
+def test_24_large_connections_with_checksums(near: Forward, socket_path: str) -> None:
+    """100 MB each, to the guest and back at once."""
+    with echoing(socket_path) as guest:
+        run = guest.run(ECHO, *ROOM)
+        run.expect("STARTED")
+        with ThreadPoolExecutor(24) as pool:
+            echoed = list(pool.map(lambda seed: is_echoed(near, 100_000_000, seed), range(24)))
+        assert echoed == [True] * 24
+        run.send("end")
+        assert run.expect("ENDED") == "ENDED 0"
+        assert run.wait() == 0
+
+
+@pytest.mark.nightly
+def test_each_side_is_killed(near: Forward, socket_path: str) -> None:
+    """In the middle: the process in the guest, the one on the host, the virtual machine."""
+    block = os.urandom(1 << 20)
+
+    def in_the_middle() -> socket.socket:
+        end = dial(near)
+        end.settimeout(TIMEOUT)
+        end.sendall(block)
+        assert received(end, 1 << 19) == block[: 1 << 19]
+        return end
+
+    with echoing(socket_path) as guest:
+        run = guest.run(ECHO, *ROOM)
+        run.expect("STARTED")
+        with in_the_middle() as end:
+            run.send("kill")
+            assert run.expect("ENDED") == "ENDED -9"
+            assert is_reset(end)
+        run.expect("STARTED")
+        with in_the_middle():
+            near.kill()
+            assert run.expect("BROKEN").split()[1] in ("BrokenPipeError", "ConnectionResetError")
+        near.again()
+        assert is_echoed(near, 3_000_000, 1)
+        with in_the_middle() as end:
+            os.kill(guest.pid, signal.SIGKILL)
+            assert is_reset(end)
+            near.says("the other side has been silent for")
+    assert is_refused(near.port())
+    with echoing(socket_path) as guest:
+        run = guest.run(ECHO, *ROOM)
+        run.expect("STARTED")
+        assert is_echoed(near, 3_000_000, 2)
         run.send("end")
         assert run.expect("ENDED") == "ENDED 0"
         assert run.wait() == 0

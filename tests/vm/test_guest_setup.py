@@ -99,6 +99,19 @@ def check_in_use(guest: InstalledGuest, host: ivshmem.Client) -> None:
     guest.ok("systemctl", "start", "ivshmem-guest.socket", "ivshmem-guest.service")
 
 
+def check_cannot_start(guest: InstalledGuest, why: str) -> None:
+    """`systemctl start` fails at once, the status says why, and systemd does not try again."""
+    assert guest.run("systemctl", "start", "ivshmem-guest.service").status == 1
+    status = guest.run("systemctl", "status", "--no-pager", "--full", "ivshmem-guest").output
+    assert why in status
+    shown = guest.ok(
+        "systemctl", "show", "-p", "ExecMainStatus,NRestarts,ActiveState", "ivshmem-guest"
+    )
+    assert set(shown.split()) == {"ExecMainStatus=78", "NRestarts=0", "ActiveState=failed"}
+    guest.ok("systemctl", "stop", "ivshmem-guest.socket")
+    guest.ok("systemctl", "reset-failed", "ivshmem-guest.service")
+
+
 def test_it_survives_a_boot_and_leaves_nothing(
     made: Callable[..., InstalledGuest], host: ivshmem.Client
 ) -> None:
@@ -122,6 +135,7 @@ def test_it_survives_a_boot_and_leaves_nothing(
         " >/root/held 2>&1 & echo $! >/root/pid);"
         " until ls -l /proc/$(cat /root/pid)/fd | grep -q /dev/vfio/[0-9]; do sleep 0.2; done",
     )
+    check_cannot_start(guest, "another process has the device open")
     refused = guest.run("ivshmem", "guest", "setup", "--undo", "--yes")
     assert refused.status == 1, refused
     assert "has the device open: stop that first" in refused.output
