@@ -48,7 +48,7 @@ NOT_RUN = {
     r"python3 ivshmem.pyz guest setup": "changes the machine: tests/vm/test_guest_setup.py",
     r"ivshmem connect -S /run/ivshmem-0000": "needs a device: tests/vm/test_guest_setup.py",
     r"podman ": "needs root, and podman: tests/integration/test_container.py",
-    r"bpftrace ": "needs root and the kernel's tracepoints: test_trace.py",
+    r"bpftrace ": "needs root and the kernel's tracepoints: tests/vm/test_bpftrace.py",
     r"make ": "builds what is tested here: test_readme.py knows the targets",
 }
 

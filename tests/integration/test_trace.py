@@ -6,8 +6,6 @@ import contextlib
 import json
 import mmap
 import os
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +16,6 @@ from typing import Any
 
 import pytest
 from support.mounts import mounted, root
-from support.pages import HOME, shell_lines
 from support.waiting import PATIENCE, until
 
 import ivshmem
@@ -379,33 +376,3 @@ def test_processes_have_names(socket_path: str, directory: Path) -> None:
             server.terminate()
             server.communicate()
     assert f'"peer {client.id}: ' in file.read_text()
-
-
-@pytest.mark.nightly
-def test_bpftrace(served: Server, pair: tuple[Client, Client]) -> None:
-    """The lines of docs/howto/observe.md see rings, takings and waits, and who joins."""
-    if shutil.which("bpftrace") is None or os.getuid() != 0:
-        pytest.skip("no bpftrace, or not root: apt-get install bpftrace")
-    page = HOME / "docs/howto/observe.md"
-    lines = [line for line in shell_lines(page) if line.startswith("bpftrace ")]
-    assert len(lines) == 6
-    one, two = pair
-    for line in lines:
-        words = shlex.split(line.replace("4711", str(os.getpid())))
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        with process:
-            assert process.stdout is not None
-            said = process.stdout.readline()
-            if "Attaching" not in said:
-                process.kill()
-                pytest.skip(f"bpftrace does not work here: {process.communicate()[1]}")
-            time.sleep(1)
-            for _ in range(20):
-                one.ring(two.id, 1)
-                assert two.wait(1, timeout=PATIENCE) == 1
-            with ivshmem.connect(served.path), contextlib.suppress(TimeoutError):
-                one.wait(0, timeout=0.1)
-            process.send_signal(signal.SIGINT)
-            said, errors = process.communicate(timeout=PATIENCE)
-        known = f"{os.getpid()}]: " in said or "@waits[" in said or "descriptor" in said
-        assert known or "io_submit" in line, f"{line}: {said}{errors}"

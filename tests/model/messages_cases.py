@@ -171,6 +171,7 @@ BY_NIGHT: dict[str, Setting] = {
     "three slots": Setting(Channel(1, 1, 3), 7),
     "two readers": Setting(Channel(1, 2, 2, parts=1), 3, (BLOCK, BLOCK)),
     "block and overwrite": Setting(Channel(1, 2, 2, parts=1), 3, (BLOCK, OVERWRITE)),
+    "two writers and two readers": Setting(Channel(2, 2, 2, parts=1), 1, (BLOCK, OVERWRITE)),
     "two join": Setting(
         Channel(1, 2, 2, parts=1), 2, (BLOCK, BLOCK), joins=frozenset({"r0", "r1"})
     ),
