@@ -165,9 +165,9 @@ class RingWatcher(Uncopied):
             yield InterruptTaken(now, bell.peer, bell.vector)
             return
         if not bell.pending:
-            # A process that takes an interrupt sets the eventfd to 0 first, and wakes who watches it
-            # then. If this look came between the two, the second one is still to come, and is no
-            # ring. To remove the eventfd waits until it has come, and forgets it.
+            # Who takes an interrupt sets the eventfd to 0, and then wakes who watches it. If this
+            # look came between the two, the wakeup is still to come, and is no ring. Removing the
+            # eventfd waits until it has come, and forgets it.
             self._epoll.remove(bell.fd.fileno())
             self._register(bell)
         yield Rung(now, bell.peer, bell.vector, not bell.pending, self._only_one(bell.peer))
