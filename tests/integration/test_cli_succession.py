@@ -390,10 +390,10 @@ def test_the_metrics_port_of_a_successor(serve: Serve, peers: list[RawPeer]) -> 
         address = free.getsockname()
     first = serve("--supervise", "--metrics", str(address[1]))
     peers.append(RawPeer(str(first.path)).set_up(VECTORS))
+    line = f"metrics are at http://127.0.0.1:{address[1]}/"
+    until(lambda: line in first.log.read_text(), line)  # it comes after the peer was let in
     kill(first.child())
-    until(
-        lambda: first.log.read_text().count(f"metrics are at http://127.0.0.1:{address[1]}/") == 2
-    )
+    until(lambda: first.log.read_text().count(line) == 2, f"{line} again")
     socket.create_connection(address, PATIENCE).close()
     serve("--takeover")
     assert first.process.wait(PATIENCE) == 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
+import shutil
 import socket
 import threading
 import time
@@ -11,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.forwards import Pair, exchanged, received
+from support.forwards import Forward, Pair, exchanged, received
+from support.waiting import PATIENCE
 
 import ivshmem
 from ivshmem import Server, channel
@@ -65,15 +68,21 @@ class Attacker:
         self.words.release()
 
 
-@pytest.fixture
-def attacker(pair: Pair) -> Iterator[Attacker]:
-    with ivshmem.connect(pair.path, timeout=10) as client, channel.open(client) as channels:
+@contextlib.contextmanager
+def attacking(path: str) -> Iterator[Attacker]:
+    with ivshmem.connect(path, timeout=10) as client, channel.open(client) as channels:
         found = channels.open("p")
         assert isinstance(found, channel.Bytes)
         with found.connect() as stream:
             attacker = Attacker(client, stream)
-            yield attacker
-            attacker.close()
+            with contextlib.closing(attacker):
+                yield attacker
+
+
+@pytest.fixture
+def attacker(pair: Pair) -> Iterator[Attacker]:
+    with attacking(pair.path) as attacker:
+        yield attacker
 
 
 def test_an_impossible_word_ends_its_connection_alone(pair: Pair, attacker: Attacker) -> None:
@@ -105,14 +114,55 @@ def test_any_words_reach_the_target_alone(pair: Pair, attacker: Attacker) -> Non
     chance = random.Random(1)  # noqa: S311 - no secret
     with pair.accept() as own, pair.joined() as (near, far):
         own.settimeout(0.01)
-        end = time.monotonic() + 0.5
-        while time.monotonic() < end:
-            # Its own three lines, and those of the side that accepted it.
-            word = attacker.words[attacker.at + chance.randrange(-8, 16)]
-            wild = word ^ chance.choice(
-                (1 << 20, 1 << 24, 1 << 36, 1 << 63, chance.getrandbits(64))
-            )
-            attacker.store(chance.randrange(-8, 16), wild)
+        store_wild_words(attacker, chance)
         assert exchanged(near, far, 100_000, 2)
     assert others_are_served(pair)
     assert pair.far.process.poll() is None
+
+
+def store_wild_words(attacker: Attacker, chance: random.Random) -> None:
+    """For half a second: into its own three lines, and those of the side that accepted it."""
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        word = attacker.words[attacker.at + chance.randrange(-8, 16)]
+        wild = word ^ chance.choice((1 << 20, 1 << 24, 1 << 36, 1 << 63, chance.getrandbits(64)))
+        attacker.store(chance.randrange(-8, 16), wild)
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="no strace: apt-get install strace")
+def test_it_connects_to_what_is_named_and_nothing_else(directory: Path) -> None:
+    """All that its process connects to while it is attacked; another channel of it works on."""
+    path, calls = str(directory / "s"), directory / "calls"
+    trace = ["strace", "-D", "-f", "-qq", "-e", "trace=connect", "-o", str(calls)]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(Server(path, "8M", channels="4M").start())
+        words: list[object] = []
+        targets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in "pq"]
+        ports = [target.getsockname()[1] for target in targets]
+        for name, port in zip("pq", ports, strict=True):
+            words += [name, "--connect", f"tcp:127.0.0.1:{port}", "--buffer", "16K"]
+            words += ["--connections", 8]
+        far = Forward(directory, "far", path, "-v", *words, under=trace)
+        stack.callback(far.end)
+        far.says("q: connects to")
+        near = Forward(directory, "near", path, "q", "--listen", "tcp:127.0.0.1:0")
+        stack.callback(near.end)
+        attacker = stack.enter_context(attacking(path))
+        targets[0].accept()[0].close()
+
+        def passes(seed: int) -> bool:
+            """Whether a new connection of the other channel works."""
+            address = ("127.0.0.1", near.port())
+            with socket.create_connection(address, PATIENCE) as one, targets[1].accept()[0] as two:
+                return exchanged(one, two, 100_000, seed)
+
+        chance = random.Random(2)  # noqa: S311 - no secret
+        thread = threading.Thread(target=store_wild_words, args=(attacker, chance))
+        thread.start()
+        for seed in range(3):
+            assert passes(seed)
+        thread.join()
+        assert passes(3)
+    connected = set(re.findall(r"sin_port=htons\((\d+)\)", calls.read_text()))
+    assert connected == {str(port) for port in ports}
+    assert set(re.findall(r'sun_path="([^"]*)"', calls.read_text())) == {path}

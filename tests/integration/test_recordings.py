@@ -668,6 +668,28 @@ def test_a_channel_that_cannot_be_read_is_told_of(
     assert stored(file) == [("log", b"x")]
 
 
+def test_the_bar_of_a_replay(socket_path: str, channels: Channels, directory: Path) -> None:
+    """It grows with the time of the recording, not with the number of its messages."""
+    file = directory / "a.mcap"
+    foreign(file)
+    with contextlib.closing(Output("terminal")) as output:
+        command = ["replay", str(file), "--speed", "10"]
+        with started(socket_path, *command, stderr=output.end) as process:
+            said = b""
+            while b"messages sent" not in said:
+                said += output.read_on()
+            assert process.wait(PATIENCE) == 0
+    shown = re.findall(rb"\r\[(#*)(\.*)\] +(\d+)%  (\d+) message", said)
+    shares = [int(share) for _, _, share, _ in shown]
+    assert shares == sorted(shares)
+    assert len(set(shares)) > 3
+    assert shares[0] < 30 < 60 < shares[-1]
+    for full, empty, share, sent in shown:
+        assert len(full) + len(empty) == 24
+        assert abs(len(full) / 24 - int(share) / 100) < 0.03
+        assert int(share) // 10 <= int(sent)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_progress_on_a_terminal_that_nobody_reads(

@@ -12,18 +12,25 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from .waiting import PATIENCE, until
 
 
 class Forward:
-    """A process that runs `ivshmem forward`; its log is in a file."""
+    """A process that runs `ivshmem forward`; its log is in a file.
 
-    def __init__(self, directory: Path, name: str, path: str, *words: object) -> None:
+    Args:
+        under: a command that it is started by.
+    """
+
+    def __init__(
+        self, directory: Path, name: str, path: str, *words: object, under: Sequence[str] = ()
+    ) -> None:
         self.log = directory / f"{name}.log"
-        self.words = [sys.executable, "-m", "ivshmem", "forward", "-S", path, *map(str, words)]
+        command = [*under, sys.executable, "-m", "ivshmem", "forward", "-S", path]
+        self.words = [*command, *map(str, words)]
         self._start()
 
     def _start(self) -> None:
