@@ -92,7 +92,7 @@ WITH_PYTHON := $(addprefix unit/test_,core_doorbells core_memory objects) \
     $(addprefix integration/test_,aio async_endpoint channel_transport server_client threads)
 WITH_PYTHON_NIGHTLY := unit/test_* integration/test_cli integration/test_region
 # What is the same with each Python, or needs more than the extra `test-run` has.
-OF_ONE_PYTHON := $(patsubst %,tests/unit/test_%.py,bench_figures bench_result config_schema plain_words public_names)
+OF_ONE_PYTHON := $(patsubst %,tests/unit/test_%.py,bench_figures bench_result cloud_init config_schema plain_words public_names)
 
 # After the build for $(VENV): both would pack their files in build/bdist.*, at the same time with -j.
 test-pythons: | $(VENV)/installed

@@ -159,7 +159,11 @@ def _serve(asked: socket.socket) -> dict[str, object]:
 def _main() -> None:
     for module in pkgutil.walk_packages(ivshmem.__path__, "ivshmem."):
         if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
+            try:
+                importlib.import_module(module.name)
+            except ModuleNotFoundError as error:
+                if (error.name or "").startswith("ivshmem"):
+                    raise  # else it is an extra's, which is not installed for each Python
     gc.freeze()  # collections in the forks look at what they have made, and copy no page of this
     request = _serve(socket.socket(fileno=int(sys.argv[1])))
     words = request["words"]
