@@ -165,9 +165,9 @@ class RingWatcher(Uncopied):
             yield InterruptTaken(now, bell.peer, bell.vector)
             return
         if not bell.pending:
-            # Who takes an interrupt sets the eventfd to 0, and then wakes who watches it. If this
-            # look came between the two, the wakeup is still to come, and is no ring. Removing the
-            # eventfd waits until it has come, and forgets it.
+            # A process that takes an interrupt sets the eventfd to 0, and then wakes its watchers.
+            # If this watcher looked in between, it will be woken again, though nobody rings. To
+            # remove the eventfd from the epoll waits for that wakeup, and drops it.
             self._epoll.remove(bell.fd.fileno())
             self._register(bell)
         yield Rung(now, bell.peer, bell.vector, not bell.pending, self._only_one(bell.peer))
