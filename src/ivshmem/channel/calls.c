@@ -2669,6 +2669,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
   int watched;
   int open;
   int removed;
+  int slept;
   int copying;
 };
 
@@ -2751,11 +2752,10 @@ struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd {
   struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd __pyx_base;
   struct ivshmem_taken taken;
   enum ivshmem_claim how;
-  int slept;
 };
 
 
-/* "queues.pxd":20
+/* "queues.pxd":19
  * 
  * 
  * cdef class QueueReader(ClaimingEnd):             # <<<<<<<<<<<<<<
@@ -2767,7 +2767,7 @@ struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader {
 };
 
 
-/* "queues.pxd":28
+/* "queues.pxd":27
  * 
  * 
  * cdef class Taken(Received):             # <<<<<<<<<<<<<<
@@ -3193,6 +3193,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
   int (*restore)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*give_up)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*pass_on)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*wake_another)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*begin_watch)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*arm)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, int);
@@ -3295,7 +3296,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_vtabptr_7ivshmem_7channel_6queues_ClaimingEnd;
 
 
-/* "queues.pxd":20
+/* "queues.pxd":19
  * 
  * 
  * cdef class QueueReader(ClaimingEnd):             # <<<<<<<<<<<<<<
@@ -3314,7 +3315,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader {
 static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *__pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader;
 
 
-/* "queues.pxd":28
+/* "queues.pxd":27
  * 
  * 
  * cdef class Taken(Received):             # <<<<<<<<<<<<<<
@@ -18156,7 +18157,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View) __PYX_ERR(11, 19, __pyx_L1_error)
   if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View, (void**)&__pyx_vtabptr_7ivshmem_7channel_5views_View) != 1)) __PYX_ERR(11, 19, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.queues"); if (unlikely(!__pyx_t_1)) __PYX_ERR(12, 20, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.queues"); if (unlikely(!__pyx_t_1)) __PYX_ERR(12, 19, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.queues", "QueueReader",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -18166,8 +18167,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) __PYX_ERR(12, 20, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, (void**)&__pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader) != 1)) __PYX_ERR(12, 20, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) __PYX_ERR(12, 19, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, (void**)&__pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader) != 1)) __PYX_ERR(12, 19, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;

@@ -43,6 +43,7 @@ cdef class ChannelEnd(Dependent):
     cdef bint watched  # a program watches the descriptor
     cdef bint open
     cdef bint removed  # the channel; the beat finds out
+    cdef bint slept  # of ends that a ring wakes alone: since then it has rung no other
     cdef int copying  # copies without the GIL into memory of this end
 
     cdef bint usable(self) noexcept
@@ -64,6 +65,7 @@ cdef class ChannelEnd(Dependent):
     cdef int restore(self) except -1
     cdef int give_up(self) except -1
     cdef int pass_on(self) except -1
+    cdef int wake_another(self) except -1
     cdef int begin_watch(self) except -1
     cdef int arm(self) except? -2
     cdef object fail(self, int code)

@@ -214,6 +214,13 @@ cdef class ChannelEnd(Dependent):
 
     cdef int pass_on(self) except -1:
         """After a sleep that is over: a ring that woke this end alone may be for another one."""
+        if self.slept:
+            self.slept = False
+            self.wake_another()
+        return self.membership.flush()
+
+    cdef int wake_another(self) except -1:
+        """Ring another end, if there is something to take."""
         return 0
 
     cdef int check_there(self) except -1:
@@ -401,7 +408,6 @@ cdef class ChannelEnd(Dependent):
         if self.membership.has_place() and not self.copying:
             self.give_up()
             self.pass_on()
-            self.membership.flush()
         if self.membership.is_own():
             self.membership.kick_all()
         self.membership.ends.pop(id(self), None)

@@ -2642,6 +2642,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
   int watched;
   int open;
   int removed;
+  int slept;
   int copying;
 };
 
@@ -2686,16 +2687,15 @@ struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper {
  * 
  * cdef class StreamListener(ChannelEnd):             # <<<<<<<<<<<<<<
  *     cdef ivshmem_listener listener
- *     cdef bint slept
+ * 
 */
 struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener {
   struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   struct ivshmem_listener listener;
-  int slept;
 };
 
 
-/* "streams.pxd":26
+/* "streams.pxd":25
  * 
  * 
  * cdef class Stream(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -3057,6 +3057,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
   int (*restore)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*give_up)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*pass_on)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*wake_another)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*begin_watch)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*arm)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, int);
@@ -3098,7 +3099,7 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_11stream_poll_Sleeper *__pyx_vt
  * 
  * cdef class StreamListener(ChannelEnd):             # <<<<<<<<<<<<<<
  *     cdef ivshmem_listener listener
- *     cdef bint slept
+ * 
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener {
@@ -3108,7 +3109,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener {
 static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *__pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener;
 
 
-/* "streams.pxd":26
+/* "streams.pxd":25
  * 
  * 
  * cdef class Stream(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -9434,8 +9435,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_7streams_Stream), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_7streams_Stream),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) __PYX_ERR(10, 26, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream, (void**)&__pyx_vtabptr_7ivshmem_7channel_7streams_Stream) != 1)) __PYX_ERR(10, 26, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) __PYX_ERR(10, 25, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream, (void**)&__pyx_vtabptr_7ivshmem_7channel_7streams_Stream) != 1)) __PYX_ERR(10, 25, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;

@@ -2648,6 +2648,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
   int watched;
   int open;
   int removed;
+  int slept;
   int copying;
 };
 
@@ -2730,11 +2731,10 @@ struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd {
   struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd __pyx_base;
   struct ivshmem_taken taken;
   enum ivshmem_claim how;
-  int slept;
 };
 
 
-/* "ivshmem/channel/queues.pxd":20
+/* "ivshmem/channel/queues.pxd":19
  * 
  * 
  * cdef class QueueReader(ClaimingEnd):             # <<<<<<<<<<<<<<
@@ -2746,7 +2746,7 @@ struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader {
 };
 
 
-/* "ivshmem/channel/queues.pxd":28
+/* "ivshmem/channel/queues.pxd":27
  * 
  * 
  * cdef class Taken(Received):             # <<<<<<<<<<<<<<
@@ -3072,6 +3072,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
   int (*restore)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*give_up)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*pass_on)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*wake_another)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*begin_watch)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*arm)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, int);
@@ -3174,7 +3175,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_vtabptr_7ivshmem_7channel_6queues_ClaimingEnd;
 
 
-/* "ivshmem/channel/queues.pyx":108
+/* "ivshmem/channel/queues.pyx":104
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3193,7 +3194,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader {
 static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *__pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader;
 
 
-/* "ivshmem/channel/queues.pyx":291
+/* "ivshmem/channel/queues.pyx":287
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -4272,7 +4273,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_probe(struct __py
 static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_restore(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim_as(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, enum ivshmem_claim __pyx_v_how, struct ivshmem_taken *__pyx_v_taken); /* proto*/
 static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_undo(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, struct ivshmem_taken const *__pyx_v_taken); /* proto*/
-static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_pass_on(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_wake_another(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, enum ivshmem_claim __pyx_v_how, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin, struct ivshmem_taken *__pyx_v_taken); /* proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_got(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin, PyObject *__pyx_v_absent); /* proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, struct ivshmem_taken const *__pyx_v_taken); /* proto*/
@@ -6119,7 +6120,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_begin_sleep(struct __
  *         return ivshmem_queue_sleep(&self.reader)
  * 
 */
-  __pyx_v_self->slept = 1;
+  __pyx_v_self->__pyx_base.__pyx_base.slept = 1;
 
   /* "ivshmem/channel/queues.pyx":44
  *     cdef int begin_sleep(self) except? -2:
@@ -6481,7 +6482,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_undo(struct __pyx_obj
  *             self.membership.flush()
  *         return 0             # <<<<<<<<<<<<<<
  * 
- *     cdef int pass_on(self) except -1:
+ *     cdef int wake_another(self) except -1:
 */
   {
 
@@ -6509,67 +6510,26 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_undo(struct __pyx_obj
 /* "ivshmem/channel/queues.pyx":75
  *         return 0
  * 
- *     cdef int pass_on(self) except -1:             # <<<<<<<<<<<<<<
- *         """A ring wakes one reader: wake another one if there is more."""
- *         if self.slept:
-*/
-
-static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_pass_on(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self) {
-  int __pyx_r;
-  int __pyx_t_1;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-
-  /* "ivshmem/channel/queues.pyx":77
- *     cdef int pass_on(self) except -1:
- *         """A ring wakes one reader: wake another one if there is more."""
- *         if self.slept:             # <<<<<<<<<<<<<<
- *             self.slept = False
- *             ivshmem_queue_pass_on(&self.reader)
-*/
-  if (__pyx_v_self->slept) {
-
-    /* "ivshmem/channel/queues.pyx":78
- *         """A ring wakes one reader: wake another one if there is more."""
- *         if self.slept:
- *             self.slept = False             # <<<<<<<<<<<<<<
- *             ivshmem_queue_pass_on(&self.reader)
- *         self.membership.flush()
-*/
-    __pyx_v_self->slept = 0;
-
-    /* "ivshmem/channel/queues.pyx":79
- *         if self.slept:
- *             self.slept = False
- *             ivshmem_queue_pass_on(&self.reader)             # <<<<<<<<<<<<<<
- *         self.membership.flush()
+ *     cdef int wake_another(self) except -1:             # <<<<<<<<<<<<<<
+ *         ivshmem_queue_pass_on(&self.reader)
  *         return 0
 */
-    ivshmem_queue_pass_on((&__pyx_v_self->__pyx_base.reader));
 
-    /* "ivshmem/channel/queues.pyx":77
- *     cdef int pass_on(self) except -1:
- *         """A ring wakes one reader: wake another one if there is more."""
- *         if self.slept:             # <<<<<<<<<<<<<<
- *             self.slept = False
- *             ivshmem_queue_pass_on(&self.reader)
-*/
-  }
+static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_wake_another(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self) {
+  int __pyx_r;
 
-  /* "ivshmem/channel/queues.pyx":80
- *             self.slept = False
- *             ivshmem_queue_pass_on(&self.reader)
- *         self.membership.flush()             # <<<<<<<<<<<<<<
+  /* "ivshmem/channel/queues.pyx":76
+ * 
+ *     cdef int wake_another(self) except -1:
+ *         ivshmem_queue_pass_on(&self.reader)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 80, __pyx_L1_error)
+  ivshmem_queue_pass_on((&__pyx_v_self->__pyx_base.reader));
 
-
-  /* "ivshmem/channel/queues.pyx":81
- *             ivshmem_queue_pass_on(&self.reader)
- *         self.membership.flush()
+  /* "ivshmem/channel/queues.pyx":77
+ *     cdef int wake_another(self) except -1:
+ *         ivshmem_queue_pass_on(&self.reader)
  *         return 0             # <<<<<<<<<<<<<<
  * 
  *     cdef int claim(
@@ -6583,21 +6543,18 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_pass_on(struct __pyx_
   /* "ivshmem/channel/queues.pyx":75
  *         return 0
  * 
- *     cdef int pass_on(self) except -1:             # <<<<<<<<<<<<<<
- *         """A ring wakes one reader: wake another one if there is more."""
- *         if self.slept:
+ *     cdef int wake_another(self) except -1:             # <<<<<<<<<<<<<<
+ *         ivshmem_queue_pass_on(&self.reader)
+ *         return 0
 */
 
   /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.channel.queues.ClaimingEnd.pass_on", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = -1;
   __pyx_L0:;
 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":83
+/* "ivshmem/channel/queues.pyx":79
  *         return 0
  * 
  *     cdef int claim(             # <<<<<<<<<<<<<<
@@ -6628,27 +6585,27 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("claim", 0);
 
-  /* "ivshmem/channel/queues.pyx":88
+  /* "ivshmem/channel/queues.pyx":84
  *         """Take a message; 0, or IVSHMEM_AGAIN: none came in time."""
  *         cdef int code
  *         check_timeout(timeout)             # <<<<<<<<<<<<<<
  *         self.enter()
  *         self.how = how
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_check_timeout(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 88, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_check_timeout(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 84, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/queues.pyx":89
+  /* "ivshmem/channel/queues.pyx":85
  *         cdef int code
  *         check_timeout(timeout)
  *         self.enter()             # <<<<<<<<<<<<<<
  *         self.how = how
  *         code = ivshmem_queue_take(&self.reader, how, False, taken)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 89, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 85, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/queues.pyx":90
+  /* "ivshmem/channel/queues.pyx":86
  *         check_timeout(timeout)
  *         self.enter()
  *         self.how = how             # <<<<<<<<<<<<<<
@@ -6657,7 +6614,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
 */
   __pyx_v_self->how = __pyx_v_how;
 
-  /* "ivshmem/channel/queues.pyx":91
+  /* "ivshmem/channel/queues.pyx":87
  *         self.enter()
  *         self.how = how
  *         code = ivshmem_queue_take(&self.reader, how, False, taken)             # <<<<<<<<<<<<<<
@@ -6666,7 +6623,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
 */
   __pyx_v_code = ivshmem_queue_take((&__pyx_v_self->__pyx_base.reader), __pyx_v_how, 0, __pyx_v_taken);
 
-  /* "ivshmem/channel/queues.pyx":92
+  /* "ivshmem/channel/queues.pyx":88
  *         self.how = how
  *         code = ivshmem_queue_take(&self.reader, how, False, taken)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6678,7 +6635,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/queues.pyx":93
+    /* "ivshmem/channel/queues.pyx":89
  *         code = ivshmem_queue_take(&self.reader, how, False, taken)
  *         if code == IVSHMEM_AGAIN:
  *             try:             # <<<<<<<<<<<<<<
@@ -6687,17 +6644,17 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
 */
     /*try:*/ {
 
-      /* "ivshmem/channel/queues.pyx":94
+      /* "ivshmem/channel/queues.pyx":90
  *         if code == IVSHMEM_AGAIN:
  *             try:
  *                 code = self.wait(timeout, spin)             # <<<<<<<<<<<<<<
  *                 taken[0] = self.taken  # before another thread takes one
  *                 if code == 0 and ivshmem_flags(taken.claim) != how:
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 94, __pyx_L5_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 90, __pyx_L5_error)
       __pyx_v_code = __pyx_t_1;
 
-      /* "ivshmem/channel/queues.pyx":95
+      /* "ivshmem/channel/queues.pyx":91
  *             try:
  *                 code = self.wait(timeout, spin)
  *                 taken[0] = self.taken  # before another thread takes one             # <<<<<<<<<<<<<<
@@ -6709,7 +6666,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
       (__pyx_v_taken[0]) = __pyx_t_3;
 
 
-      /* "ivshmem/channel/queues.pyx":96
+      /* "ivshmem/channel/queues.pyx":92
  *                 code = self.wait(timeout, spin)
  *                 taken[0] = self.taken  # before another thread takes one
  *                 if code == 0 and ivshmem_flags(taken.claim) != how:             # <<<<<<<<<<<<<<
@@ -6735,7 +6692,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/channel/queues.pyx":97
+        /* "ivshmem/channel/queues.pyx":93
  *                 taken[0] = self.taken  # before another thread takes one
  *                 if code == 0 and ivshmem_flags(taken.claim) != how:
  *                     code = self.claim_as(how, taken)  # `how` is another thread's since the wait             # <<<<<<<<<<<<<<
@@ -6744,7 +6701,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
 */
         __pyx_v_code = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->claim_as(__pyx_v_self, __pyx_v_how, __pyx_v_taken);
 
-        /* "ivshmem/channel/queues.pyx":96
+        /* "ivshmem/channel/queues.pyx":92
  *                 code = self.wait(timeout, spin)
  *                 taken[0] = self.taken  # before another thread takes one
  *                 if code == 0 and ivshmem_flags(taken.claim) != how:             # <<<<<<<<<<<<<<
@@ -6754,7 +6711,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
       }
     }
 
-    /* "ivshmem/channel/queues.pyx":99
+    /* "ivshmem/channel/queues.pyx":95
  *                     code = self.claim_as(how, taken)  # `how` is another thread's since the wait
  *             finally:
  *                 if self.usable():             # <<<<<<<<<<<<<<
@@ -6768,17 +6725,17 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/queues.pyx":100
+          /* "ivshmem/channel/queues.pyx":96
  *             finally:
  *                 if self.usable():
  *                     self.pass_on()             # <<<<<<<<<<<<<<
  *         elif self.slept:  # in an event loop, or by its descriptor
  *             self.pass_on()
 */
-          __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.pass_on(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 100, __pyx_L1_error)
+          __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.pass_on(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 96, __pyx_L1_error)
 
 
-          /* "ivshmem/channel/queues.pyx":99
+          /* "ivshmem/channel/queues.pyx":95
  *                     code = self.claim_as(how, taken)  # `how` is another thread's since the wait
  *             finally:
  *                 if self.usable():             # <<<<<<<<<<<<<<
@@ -6808,17 +6765,17 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
           if (__pyx_t_2) {
 
 
-            /* "ivshmem/channel/queues.pyx":100
+            /* "ivshmem/channel/queues.pyx":96
  *             finally:
  *                 if self.usable():
  *                     self.pass_on()             # <<<<<<<<<<<<<<
  *         elif self.slept:  # in an event loop, or by its descriptor
  *             self.pass_on()
 */
-            __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.pass_on(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 100, __pyx_L12_error)
+            __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.pass_on(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 96, __pyx_L12_error)
 
 
-            /* "ivshmem/channel/queues.pyx":99
+            /* "ivshmem/channel/queues.pyx":95
  *                     code = self.claim_as(how, taken)  # `how` is another thread's since the wait
  *             finally:
  *                 if self.usable():             # <<<<<<<<<<<<<<
@@ -6852,7 +6809,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
       __pyx_L6:;
     }
 
-    /* "ivshmem/channel/queues.pyx":92
+    /* "ivshmem/channel/queues.pyx":88
  *         self.how = how
  *         code = ivshmem_queue_take(&self.reader, how, False, taken)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6862,26 +6819,26 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/queues.pyx":101
+  /* "ivshmem/channel/queues.pyx":97
  *                 if self.usable():
  *                     self.pass_on()
  *         elif self.slept:  # in an event loop, or by its descriptor             # <<<<<<<<<<<<<<
  *             self.pass_on()
  *         if code and code != IVSHMEM_AGAIN:
 */
-  if (__pyx_v_self->slept) {
+  if (__pyx_v_self->__pyx_base.__pyx_base.slept) {
 
-    /* "ivshmem/channel/queues.pyx":102
+    /* "ivshmem/channel/queues.pyx":98
  *                     self.pass_on()
  *         elif self.slept:  # in an event loop, or by its descriptor
  *             self.pass_on()             # <<<<<<<<<<<<<<
  *         if code and code != IVSHMEM_AGAIN:
  *             raise self.fail(code)
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.pass_on(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 102, __pyx_L1_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.pass_on(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 98, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/queues.pyx":101
+    /* "ivshmem/channel/queues.pyx":97
  *                 if self.usable():
  *                     self.pass_on()
  *         elif self.slept:  # in an event loop, or by its descriptor             # <<<<<<<<<<<<<<
@@ -6891,7 +6848,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/queues.pyx":103
+  /* "ivshmem/channel/queues.pyx":99
  *         elif self.slept:  # in an event loop, or by its descriptor
  *             self.pass_on()
  *         if code and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6917,20 +6874,20 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/queues.pyx":104
+    /* "ivshmem/channel/queues.pyx":100
  *             self.pass_on()
  *         if code and code != IVSHMEM_AGAIN:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         return code
  * 
 */
-    __pyx_t_14 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 104, __pyx_L1_error)
+    __pyx_t_14 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 100, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __Pyx_Raise(__pyx_t_14, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    __PYX_ERR(0, 104, __pyx_L1_error)
+    __PYX_ERR(0, 100, __pyx_L1_error)
 
-    /* "ivshmem/channel/queues.pyx":103
+    /* "ivshmem/channel/queues.pyx":99
  *         elif self.slept:  # in an event loop, or by its descriptor
  *             self.pass_on()
  *         if code and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6939,7 +6896,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":105
+  /* "ivshmem/channel/queues.pyx":101
  *         if code and code != IVSHMEM_AGAIN:
  *             raise self.fail(code)
  *         return code             # <<<<<<<<<<<<<<
@@ -6952,7 +6909,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":83
+  /* "ivshmem/channel/queues.pyx":79
  *         return 0
  * 
  *     cdef int claim(             # <<<<<<<<<<<<<<
@@ -7178,7 +7135,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11ClaimingEnd_2__setstate_cy
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":119
+/* "ivshmem/channel/queues.pyx":115
  *     """
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7226,20 +7183,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 119, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 115, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 119, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 115, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get", 0) < (0)) __PYX_ERR(0, 119, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get", 0) < (0)) __PYX_ERR(0, 115, __pyx_L3_error)
 
-      /* "ivshmem/channel/queues.pyx":121
+      /* "ivshmem/channel/queues.pyx":117
  *     @cython.binding(False)
  *     @cython.critical_section
  *     def get(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -7252,7 +7209,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 119, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 115, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -7265,7 +7222,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 119, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 115, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7278,7 +7235,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/queues.pyx":119
+  /* "ivshmem/channel/queues.pyx":115
  *     """
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7311,14 +7268,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":142
+        /* "ivshmem/channel/queues.pyx":138
  *             ChannelCorrupt, ClosedError: as of Reader.get.
  *         """
  *         return self.got(timeout, spin, None)             # <<<<<<<<<<<<<<
  * 
  *     cdef object got(self, object timeout, object spin, object absent):
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->got(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 142, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->got(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 138, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -7333,7 +7290,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/queues.pyx":119
+      /* "ivshmem/channel/queues.pyx":115
  *     """
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7371,7 +7328,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":144
+/* "ivshmem/channel/queues.pyx":140
  *         return self.got(timeout, spin, None)
  * 
  *     cdef object got(self, object timeout, object spin, object absent):             # <<<<<<<<<<<<<<
@@ -7397,21 +7354,21 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_got(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("got", 0);
 
-  /* "ivshmem/channel/queues.pyx":148
+  /* "ivshmem/channel/queues.pyx":144
  *         cdef ivshmem_taken taken
  *         cdef bytes data
  *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):             # <<<<<<<<<<<<<<
  *             return absent
  *         if self.type is not None:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 148, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_1 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 144, __pyx_L1_error)
   __pyx_t_2 = (__pyx_t_1 != 0);
 
 
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/queues.pyx":149
+    /* "ivshmem/channel/queues.pyx":145
  *         cdef bytes data
  *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *             return absent             # <<<<<<<<<<<<<<
@@ -7429,7 +7386,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_got(struct __py
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/queues.pyx":148
+    /* "ivshmem/channel/queues.pyx":144
  *         cdef ivshmem_taken taken
  *         cdef bytes data
  *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):             # <<<<<<<<<<<<<<
@@ -7438,7 +7395,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_got(struct __py
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":150
+  /* "ivshmem/channel/queues.pyx":146
  *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *             return absent
  *         if self.type is not None:             # <<<<<<<<<<<<<<
@@ -7449,14 +7406,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_got(struct __py
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/queues.pyx":151
+    /* "ivshmem/channel/queues.pyx":147
  *             return absent
  *         if self.type is not None:
  *             return self.decoded(&taken)             # <<<<<<<<<<<<<<
  *         try:
  *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->decoded(__pyx_v_self, (&__pyx_v_taken)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 151, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->decoded(__pyx_v_self, (&__pyx_v_taken)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 147, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     {
       PyObject *__pyx_temp;
@@ -7469,7 +7426,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_got(struct __py
     __pyx_t_3 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/queues.pyx":150
+    /* "ivshmem/channel/queues.pyx":146
  *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *             return absent
  *         if self.type is not None:             # <<<<<<<<<<<<<<
@@ -7478,7 +7435,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_got(struct __py
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":152
+  /* "ivshmem/channel/queues.pyx":148
  *         if self.type is not None:
  *             return self.decoded(&taken)
  *         try:             # <<<<<<<<<<<<<<
@@ -7494,19 +7451,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_got(struct __py
     __Pyx_XGOTREF(__pyx_t_6);
     /*try:*/ {
 
-      /* "ivshmem/channel/queues.pyx":153
+      /* "ivshmem/channel/queues.pyx":149
  *             return self.decoded(&taken)
  *         try:
  *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)             # <<<<<<<<<<<<<<
  *         except MemoryError:
  *             self.undo(&taken)
 */
-      __pyx_t_3 = PyBytes_FromStringAndSize(NULL, __pyx_v_taken.message.length); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 153, __pyx_L5_error)
+      __pyx_t_3 = PyBytes_FromStringAndSize(NULL, __pyx_v_taken.message.length); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 149, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_3);
       __pyx_v_data = ((PyObject*)__pyx_t_3);
       __pyx_t_3 = 0;
 
-      /* "ivshmem/channel/queues.pyx":152
+      /* "ivshmem/channel/queues.pyx":148
  *         if self.type is not None:
  *             return self.decoded(&taken)
  *         try:             # <<<<<<<<<<<<<<
@@ -7521,7 +7478,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_got(struct __py
     __pyx_L5_error:;
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/queues.pyx":154
+    /* "ivshmem/channel/queues.pyx":150
  *         try:
  *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
  *         except MemoryError:             # <<<<<<<<<<<<<<
@@ -7531,22 +7488,22 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_got(struct __py
     __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_MemoryError))));
     if (__pyx_t_1) {
       __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.got", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_7, &__pyx_t_8) < 0) __PYX_ERR(0, 154, __pyx_L7_except_error)
+      if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_7, &__pyx_t_8) < 0) __PYX_ERR(0, 150, __pyx_L7_except_error)
       __Pyx_XGOTREF(__pyx_t_3);
       __Pyx_XGOTREF(__pyx_t_7);
       __Pyx_XGOTREF(__pyx_t_8);
 
-      /* "ivshmem/channel/queues.pyx":155
+      /* "ivshmem/channel/queues.pyx":151
  *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
  *         except MemoryError:
  *             self.undo(&taken)             # <<<<<<<<<<<<<<
  *             raise
  *         self.copy(&taken, PyBytes_AS_STRING(data))
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.undo(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 155, __pyx_L7_except_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.undo(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 151, __pyx_L7_except_error)
 
 
-      /* "ivshmem/channel/queues.pyx":156
+      /* "ivshmem/channel/queues.pyx":152
  *         except MemoryError:
  *             self.undo(&taken)
  *             raise             # <<<<<<<<<<<<<<
@@ -7558,11 +7515,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_got(struct __py
       __Pyx_XGIVEREF(__pyx_t_8);
       __Pyx_ErrRestoreWithState(__pyx_t_3, __pyx_t_7, __pyx_t_8);
       __pyx_t_3 = 0;  __pyx_t_7 = 0;  __pyx_t_8 = 0; 
-      __PYX_ERR(0, 156, __pyx_L7_except_error)
+      __PYX_ERR(0, 152, __pyx_L7_except_error)
     }
     goto __pyx_L7_except_error;
 
-    /* "ivshmem/channel/queues.pyx":152
+    /* "ivshmem/channel/queues.pyx":148
  *         if self.type is not None:
  *             return self.decoded(&taken)
  *         try:             # <<<<<<<<<<<<<<
@@ -7578,27 +7535,27 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_got(struct __py
     __pyx_L10_try_end:;
   }
 
-  /* "ivshmem/channel/queues.pyx":157
+  /* "ivshmem/channel/queues.pyx":153
  *             self.undo(&taken)
  *             raise
  *         self.copy(&taken, PyBytes_AS_STRING(data))             # <<<<<<<<<<<<<<
  *         self.acknowledge(&taken)
  *         return data
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->copy(__pyx_v_self, (&__pyx_v_taken), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 157, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->copy(__pyx_v_self, (&__pyx_v_taken), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 153, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/queues.pyx":158
+  /* "ivshmem/channel/queues.pyx":154
  *             raise
  *         self.copy(&taken, PyBytes_AS_STRING(data))
  *         self.acknowledge(&taken)             # <<<<<<<<<<<<<<
  *         return data
  * 
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->acknowledge(__pyx_v_self, (&__pyx_v_taken)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 158, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->acknowledge(__pyx_v_self, (&__pyx_v_taken)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 154, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/queues.pyx":159
+  /* "ivshmem/channel/queues.pyx":155
  *         self.copy(&taken, PyBytes_AS_STRING(data))
  *         self.acknowledge(&taken)
  *         return data             # <<<<<<<<<<<<<<
@@ -7616,7 +7573,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_got(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":144
+  /* "ivshmem/channel/queues.pyx":140
  *         return self.got(timeout, spin, None)
  * 
  *     cdef object got(self, object timeout, object spin, object absent):             # <<<<<<<<<<<<<<
@@ -7639,7 +7596,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_got(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":161
+/* "ivshmem/channel/queues.pyx":157
  *         return data
  * 
  *     cdef object decoded(self, const ivshmem_taken *taken):             # <<<<<<<<<<<<<<
@@ -7676,7 +7633,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("decoded", 0);
 
-  /* "ivshmem/channel/queues.pyx":165
+  /* "ivshmem/channel/queues.pyx":161
  *         cdef bytes data
  *         cdef object found
  *         try:             # <<<<<<<<<<<<<<
@@ -7692,29 +7649,29 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/channel/queues.pyx":166
+      /* "ivshmem/channel/queues.pyx":162
  *         cdef object found
  *         try:
  *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)             # <<<<<<<<<<<<<<
  *             self.copy(taken, PyBytes_AS_STRING(data))
  *             ivshmem_load_barrier(&self.channel.area.memory)
 */
-      __pyx_t_4 = PyBytes_FromStringAndSize(NULL, __pyx_v_taken->message.length); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 166, __pyx_L3_error)
+      __pyx_t_4 = PyBytes_FromStringAndSize(NULL, __pyx_v_taken->message.length); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 162, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_4);
       __pyx_v_data = ((PyObject*)__pyx_t_4);
       __pyx_t_4 = 0;
 
-      /* "ivshmem/channel/queues.pyx":167
+      /* "ivshmem/channel/queues.pyx":163
  *         try:
  *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
  *             self.copy(taken, PyBytes_AS_STRING(data))             # <<<<<<<<<<<<<<
  *             ivshmem_load_barrier(&self.channel.area.memory)
  *             if ivshmem_get(&self.channel, taken.claim_at) != taken.claim:
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->copy(__pyx_v_self, __pyx_v_taken, PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 167, __pyx_L3_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->copy(__pyx_v_self, __pyx_v_taken, PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 163, __pyx_L3_error)
 
 
-      /* "ivshmem/channel/queues.pyx":168
+      /* "ivshmem/channel/queues.pyx":164
  *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
  *             self.copy(taken, PyBytes_AS_STRING(data))
  *             ivshmem_load_barrier(&self.channel.area.memory)             # <<<<<<<<<<<<<<
@@ -7723,7 +7680,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
 */
       ivshmem_load_barrier((&__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.channel.area.memory));
 
-      /* "ivshmem/channel/queues.pyx":169
+      /* "ivshmem/channel/queues.pyx":165
  *             self.copy(taken, PyBytes_AS_STRING(data))
  *             ivshmem_load_barrier(&self.channel.area.memory)
  *             if ivshmem_get(&self.channel, taken.claim_at) != taken.claim:             # <<<<<<<<<<<<<<
@@ -7735,20 +7692,20 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
       if (unlikely(__pyx_t_6)) {
 
 
-        /* "ivshmem/channel/queues.pyx":170
+        /* "ivshmem/channel/queues.pyx":166
  *             ivshmem_load_barrier(&self.channel.area.memory)
  *             if ivshmem_get(&self.channel, taken.claim_at) != taken.claim:
  *                 raise self.too_late()  # what was copied may be torn: it is not decoded             # <<<<<<<<<<<<<<
  *             found = self.type.decode(data)
  *             self.enter()
 */
-        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->too_late(__pyx_v_self); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 170, __pyx_L3_error)
+        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->too_late(__pyx_v_self); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 166, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_4);
         __Pyx_Raise(__pyx_t_4, 0, 0, 0);
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        __PYX_ERR(0, 170, __pyx_L3_error)
+        __PYX_ERR(0, 166, __pyx_L3_error)
 
-        /* "ivshmem/channel/queues.pyx":169
+        /* "ivshmem/channel/queues.pyx":165
  *             self.copy(taken, PyBytes_AS_STRING(data))
  *             ivshmem_load_barrier(&self.channel.area.memory)
  *             if ivshmem_get(&self.channel, taken.claim_at) != taken.claim:             # <<<<<<<<<<<<<<
@@ -7757,7 +7714,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
 */
       }
 
-      /* "ivshmem/channel/queues.pyx":171
+      /* "ivshmem/channel/queues.pyx":167
  *             if ivshmem_get(&self.channel, taken.claim_at) != taken.claim:
  *                 raise self.too_late()  # what was copied may be torn: it is not decoded
  *             found = self.type.decode(data)             # <<<<<<<<<<<<<<
@@ -7771,23 +7728,23 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
         PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_v_data};
         __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 171, __pyx_L3_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 167, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       __pyx_v_found = __pyx_t_4;
       __pyx_t_4 = 0;
 
-      /* "ivshmem/channel/queues.pyx":172
+      /* "ivshmem/channel/queues.pyx":168
  *                 raise self.too_late()  # what was copied may be torn: it is not decoded
  *             found = self.type.decode(data)
  *             self.enter()             # <<<<<<<<<<<<<<
  *         except BaseException as error:
  *             if not self.is_for_ever(error):
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 172, __pyx_L3_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 168, __pyx_L3_error)
 
 
-      /* "ivshmem/channel/queues.pyx":165
+      /* "ivshmem/channel/queues.pyx":161
  *         cdef bytes data
  *         cdef object found
  *         try:             # <<<<<<<<<<<<<<
@@ -7803,7 +7760,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-    /* "ivshmem/channel/queues.pyx":173
+    /* "ivshmem/channel/queues.pyx":169
  *             found = self.type.decode(data)
  *             self.enter()
  *         except BaseException as error:             # <<<<<<<<<<<<<<
@@ -7813,7 +7770,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
     __pyx_t_5 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_5) {
       __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.decoded", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_7, &__pyx_t_9) < 0) __PYX_ERR(0, 173, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_7, &__pyx_t_9) < 0) __PYX_ERR(0, 169, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_7);
       __Pyx_XGOTREF(__pyx_t_9);
@@ -7821,31 +7778,31 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
       __pyx_v_error = __pyx_t_7;
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":174
+        /* "ivshmem/channel/queues.pyx":170
  *             self.enter()
  *         except BaseException as error:
  *             if not self.is_for_ever(error):             # <<<<<<<<<<<<<<
  *                 self.undo(taken)
  *             elif self.usable():
 */
-        __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.is_for_ever(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_error); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 174, __pyx_L15_error)
+        __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.is_for_ever(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_error); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 170, __pyx_L15_error)
         __pyx_t_10 = (!__pyx_t_6);
 
 
         if (__pyx_t_10) {
 
 
-          /* "ivshmem/channel/queues.pyx":175
+          /* "ivshmem/channel/queues.pyx":171
  *         except BaseException as error:
  *             if not self.is_for_ever(error):
  *                 self.undo(taken)             # <<<<<<<<<<<<<<
  *             elif self.usable():
  *                 self.acknowledge(taken)
 */
-          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.undo(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), __pyx_v_taken); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 175, __pyx_L15_error)
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.undo(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), __pyx_v_taken); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 171, __pyx_L15_error)
 
 
-          /* "ivshmem/channel/queues.pyx":174
+          /* "ivshmem/channel/queues.pyx":170
  *             self.enter()
  *         except BaseException as error:
  *             if not self.is_for_ever(error):             # <<<<<<<<<<<<<<
@@ -7855,7 +7812,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
           goto __pyx_L17;
         }
 
-        /* "ivshmem/channel/queues.pyx":176
+        /* "ivshmem/channel/queues.pyx":172
  *             if not self.is_for_ever(error):
  *                 self.undo(taken)
  *             elif self.usable():             # <<<<<<<<<<<<<<
@@ -7867,17 +7824,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
         if (__pyx_t_10) {
 
 
-          /* "ivshmem/channel/queues.pyx":177
+          /* "ivshmem/channel/queues.pyx":173
  *                 self.undo(taken)
  *             elif self.usable():
  *                 self.acknowledge(taken)             # <<<<<<<<<<<<<<
  *             raise
  *         self.acknowledge(taken)
 */
-          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->acknowledge(__pyx_v_self, __pyx_v_taken); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 177, __pyx_L15_error)
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->acknowledge(__pyx_v_self, __pyx_v_taken); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 173, __pyx_L15_error)
 
 
-          /* "ivshmem/channel/queues.pyx":176
+          /* "ivshmem/channel/queues.pyx":172
  *             if not self.is_for_ever(error):
  *                 self.undo(taken)
  *             elif self.usable():             # <<<<<<<<<<<<<<
@@ -7887,7 +7844,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
         }
         __pyx_L17:;
 
-        /* "ivshmem/channel/queues.pyx":178
+        /* "ivshmem/channel/queues.pyx":174
  *             elif self.usable():
  *                 self.acknowledge(taken)
  *             raise             # <<<<<<<<<<<<<<
@@ -7899,10 +7856,10 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
         __Pyx_XGIVEREF(__pyx_t_9);
         __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_7, __pyx_t_9);
         __pyx_t_4 = 0;  __pyx_t_7 = 0;  __pyx_t_9 = 0; 
-        __PYX_ERR(0, 178, __pyx_L15_error)
+        __PYX_ERR(0, 174, __pyx_L15_error)
       }
 
-      /* "ivshmem/channel/queues.pyx":173
+      /* "ivshmem/channel/queues.pyx":169
  *             found = self.type.decode(data)
  *             self.enter()
  *         except BaseException as error:             # <<<<<<<<<<<<<<
@@ -7943,7 +7900,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/queues.pyx":165
+    /* "ivshmem/channel/queues.pyx":161
  *         cdef bytes data
  *         cdef object found
  *         try:             # <<<<<<<<<<<<<<
@@ -7959,17 +7916,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/queues.pyx":179
+  /* "ivshmem/channel/queues.pyx":175
  *                 self.acknowledge(taken)
  *             raise
  *         self.acknowledge(taken)             # <<<<<<<<<<<<<<
  *         return found
  * 
 */
-  __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->acknowledge(__pyx_v_self, __pyx_v_taken); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 179, __pyx_L1_error)
+  __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->acknowledge(__pyx_v_self, __pyx_v_taken); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 175, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/queues.pyx":180
+  /* "ivshmem/channel/queues.pyx":176
  *             raise
  *         self.acknowledge(taken)
  *         return found             # <<<<<<<<<<<<<<
@@ -7987,7 +7944,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":161
+  /* "ivshmem/channel/queues.pyx":157
  *         return data
  * 
  *     cdef object decoded(self, const ivshmem_taken *taken):             # <<<<<<<<<<<<<<
@@ -8011,7 +7968,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_decoded(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":182
+/* "ivshmem/channel/queues.pyx":178
  *         return found
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8061,24 +8018,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 182, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 178, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 182, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 178, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 182, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 178, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into", 0) < (0)) __PYX_ERR(0, 182, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into", 0) < (0)) __PYX_ERR(0, 178, __pyx_L3_error)
 
-      /* "ivshmem/channel/queues.pyx":183
+      /* "ivshmem/channel/queues.pyx":179
  * 
  *     @cython.critical_section
  *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -8088,17 +8045,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, i); __PYX_ERR(0, 182, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, i); __PYX_ERR(0, 178, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 182, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 178, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 182, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 178, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -8111,7 +8068,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 182, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 178, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8124,7 +8081,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v_buffer, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/queues.pyx":182
+  /* "ivshmem/channel/queues.pyx":178
  *         return found
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8176,7 +8133,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":195
+        /* "ivshmem/channel/queues.pyx":191
  *         cdef Py_buffer view
  *         cdef ivshmem_taken taken
  *         take_target(self.type, self.name, buffer, &view)             # <<<<<<<<<<<<<<
@@ -8187,12 +8144,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
         __Pyx_INCREF(__pyx_t_2);
         __pyx_t_3 = __pyx_v_self->__pyx_base.__pyx_base.__pyx_base.name;
         __Pyx_INCREF(__pyx_t_3);
-        __pyx_t_4 = __pyx_f_7ivshmem_7channel_5roles_take_target(__pyx_t_2, ((PyObject*)__pyx_t_3), __pyx_v_buffer, (&__pyx_v_view)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 195, __pyx_L4_error)
+        __pyx_t_4 = __pyx_f_7ivshmem_7channel_5roles_take_target(__pyx_t_2, ((PyObject*)__pyx_t_3), __pyx_v_buffer, (&__pyx_v_view)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 191, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
 
-        /* "ivshmem/channel/queues.pyx":196
+        /* "ivshmem/channel/queues.pyx":192
  *         cdef ivshmem_taken taken
  *         take_target(self.type, self.name, buffer, &view)
  *         try:             # <<<<<<<<<<<<<<
@@ -8201,21 +8158,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/queues.pyx":197
+          /* "ivshmem/channel/queues.pyx":193
  *         take_target(self.type, self.name, buffer, &view)
  *         try:
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):             # <<<<<<<<<<<<<<
  *                 return None
  *             if taken.message.length > <uint64_t>view.len:
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 197, __pyx_L7_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_4 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 193, __pyx_L7_error)
           __pyx_t_5 = (__pyx_t_4 != 0);
 
 
           if (__pyx_t_5) {
 
 
-            /* "ivshmem/channel/queues.pyx":198
+            /* "ivshmem/channel/queues.pyx":194
  *         try:
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *                 return None             # <<<<<<<<<<<<<<
@@ -8233,7 +8190,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L6_return;
 
-            /* "ivshmem/channel/queues.pyx":197
+            /* "ivshmem/channel/queues.pyx":193
  *         take_target(self.type, self.name, buffer, &view)
  *         try:
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):             # <<<<<<<<<<<<<<
@@ -8242,7 +8199,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
 */
           }
 
-          /* "ivshmem/channel/queues.pyx":199
+          /* "ivshmem/channel/queues.pyx":195
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *                 return None
  *             if taken.message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -8254,17 +8211,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
           if (unlikely(__pyx_t_5)) {
 
 
-            /* "ivshmem/channel/queues.pyx":200
+            /* "ivshmem/channel/queues.pyx":196
  *                 return None
  *             if taken.message.length > <uint64_t>view.len:
  *                 self.undo(&taken)             # <<<<<<<<<<<<<<
  *                 raise MessageTooLong(
  *                     f"a message of {taken.message.length} bytes, and the buffer has {view.len}"
 */
-            __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.undo(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 200, __pyx_L7_error)
+            __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.undo(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 196, __pyx_L7_error)
 
 
-            /* "ivshmem/channel/queues.pyx":201
+            /* "ivshmem/channel/queues.pyx":197
  *             if taken.message.length > <uint64_t>view.len:
  *                 self.undo(&taken)
  *                 raise MessageTooLong(             # <<<<<<<<<<<<<<
@@ -8272,19 +8229,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
  *                 )
 */
             __pyx_t_2 = NULL;
-            __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 201, __pyx_L7_error)
+            __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 197, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_6);
 
-            /* "ivshmem/channel/queues.pyx":202
+            /* "ivshmem/channel/queues.pyx":198
  *                 self.undo(&taken)
  *                 raise MessageTooLong(
  *                     f"a message of {taken.message.length} bytes, and the buffer has {view.len}"             # <<<<<<<<<<<<<<
  *                 )
  *             self.copy(&taken, <char *>view.buf)
 */
-            __pyx_t_7 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_taken.message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 202, __pyx_L7_error)
+            __pyx_t_7 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_taken.message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 198, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_7);
-            __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 202, __pyx_L7_error)
+            __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 198, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
             __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_a_message_of;
             __pyx_t_9[1] = __pyx_t_7;
@@ -8296,7 +8253,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
             #endif
             __pyx_t_4 = 0;
             __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 4, __pyx_t_10, __pyx_t_4);
-            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 202, __pyx_L7_error)
+            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 198, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_11);
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -8318,14 +8275,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
               __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
               __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-              if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 201, __pyx_L7_error)
+              if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 197, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_3);
             }
             __Pyx_Raise(__pyx_t_3, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-            __PYX_ERR(0, 201, __pyx_L7_error)
+            __PYX_ERR(0, 197, __pyx_L7_error)
 
-            /* "ivshmem/channel/queues.pyx":199
+            /* "ivshmem/channel/queues.pyx":195
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *                 return None
  *             if taken.message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -8334,34 +8291,34 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
 */
           }
 
-          /* "ivshmem/channel/queues.pyx":204
+          /* "ivshmem/channel/queues.pyx":200
  *                     f"a message of {taken.message.length} bytes, and the buffer has {view.len}"
  *                 )
  *             self.copy(&taken, <char *>view.buf)             # <<<<<<<<<<<<<<
  *             self.acknowledge(&taken)
  *             return taken.message.length
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->copy(__pyx_v_self, (&__pyx_v_taken), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 204, __pyx_L7_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->copy(__pyx_v_self, (&__pyx_v_taken), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 200, __pyx_L7_error)
 
 
-          /* "ivshmem/channel/queues.pyx":205
+          /* "ivshmem/channel/queues.pyx":201
  *                 )
  *             self.copy(&taken, <char *>view.buf)
  *             self.acknowledge(&taken)             # <<<<<<<<<<<<<<
  *             return taken.message.length
  *         finally:
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->acknowledge(__pyx_v_self, (&__pyx_v_taken)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 205, __pyx_L7_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->acknowledge(__pyx_v_self, (&__pyx_v_taken)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 201, __pyx_L7_error)
 
 
-          /* "ivshmem/channel/queues.pyx":206
+          /* "ivshmem/channel/queues.pyx":202
  *             self.copy(&taken, <char *>view.buf)
  *             self.acknowledge(&taken)
  *             return taken.message.length             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_taken.message.length); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 206, __pyx_L7_error)
+          __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_taken.message.length); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 202, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_3);
           {
             PyObject *__pyx_temp;
@@ -8376,7 +8333,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/queues.pyx":208
+        /* "ivshmem/channel/queues.pyx":204
  *             return taken.message.length
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -8430,7 +8387,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
         }
       }
 
-      /* "ivshmem/channel/queues.pyx":182
+      /* "ivshmem/channel/queues.pyx":178
  *         return found
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8475,7 +8432,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":210
+/* "ivshmem/channel/queues.pyx":206
  *             PyBuffer_Release(&view)
  * 
  *     cdef int copy(self, const ivshmem_taken *taken, char *into) except -1:             # <<<<<<<<<<<<<<
@@ -8502,7 +8459,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_copy(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("copy", 0);
 
-  /* "ivshmem/channel/queues.pyx":211
+  /* "ivshmem/channel/queues.pyx":207
  * 
  *     cdef int copy(self, const ivshmem_taken *taken, char *into) except -1:
  *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset             # <<<<<<<<<<<<<<
@@ -8511,7 +8468,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_copy(struct __pyx_obj
 */
   __pyx_v_at = (((char const *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.channel.area.memory.start) + __pyx_v_taken->message.offset);
 
-  /* "ivshmem/channel/queues.pyx":212
+  /* "ivshmem/channel/queues.pyx":208
  *     cdef int copy(self, const ivshmem_taken *taken, char *into) except -1:
  *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset
  *         if taken.message.length < LARGE:             # <<<<<<<<<<<<<<
@@ -8523,7 +8480,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_copy(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":213
+    /* "ivshmem/channel/queues.pyx":209
  *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset
  *         if taken.message.length < LARGE:
  *             ivshmem_copy_payload(into, at, taken.message.length)             # <<<<<<<<<<<<<<
@@ -8532,7 +8489,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_copy(struct __pyx_obj
 */
     ivshmem_copy_payload(__pyx_v_into, __pyx_v_at, __pyx_v_taken->message.length);
 
-    /* "ivshmem/channel/queues.pyx":212
+    /* "ivshmem/channel/queues.pyx":208
  *     cdef int copy(self, const ivshmem_taken *taken, char *into) except -1:
  *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset
  *         if taken.message.length < LARGE:             # <<<<<<<<<<<<<<
@@ -8542,7 +8499,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_copy(struct __pyx_obj
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/queues.pyx":215
+  /* "ivshmem/channel/queues.pyx":211
  *             ivshmem_copy_payload(into, at, taken.message.length)
  *         else:
  *             self.membership.mapping.pin()             # <<<<<<<<<<<<<<
@@ -8550,10 +8507,10 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_copy(struct __pyx_obj
  *                 with nogil:
 */
   /*else*/ {
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 215, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 211, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/queues.pyx":216
+    /* "ivshmem/channel/queues.pyx":212
  *         else:
  *             self.membership.mapping.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -8562,7 +8519,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_copy(struct __pyx_obj
 */
     /*try:*/ {
 
-      /* "ivshmem/channel/queues.pyx":217
+      /* "ivshmem/channel/queues.pyx":213
  *             self.membership.mapping.pin()
  *             try:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -8575,7 +8532,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_copy(struct __pyx_obj
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/channel/queues.pyx":218
+            /* "ivshmem/channel/queues.pyx":214
  *             try:
  *                 with nogil:
  *                     ivshmem_copy_payload(into, at, taken.message.length)             # <<<<<<<<<<<<<<
@@ -8585,7 +8542,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_copy(struct __pyx_obj
             ivshmem_copy_payload(__pyx_v_into, __pyx_v_at, __pyx_v_taken->message.length);
           }
 
-          /* "ivshmem/channel/queues.pyx":217
+          /* "ivshmem/channel/queues.pyx":213
  *             self.membership.mapping.pin()
  *             try:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -8602,18 +8559,18 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_copy(struct __pyx_obj
           }
       }
 
-      /* "ivshmem/channel/queues.pyx":219
+      /* "ivshmem/channel/queues.pyx":215
  *                 with nogil:
  *                     ivshmem_copy_payload(into, at, taken.message.length)
  *                 self.enter()             # <<<<<<<<<<<<<<
  *             finally:
  *                 self.membership.mapping.unpin()
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 219, __pyx_L5_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 215, __pyx_L5_error)
 
     }
 
-    /* "ivshmem/channel/queues.pyx":221
+    /* "ivshmem/channel/queues.pyx":217
  *                 self.enter()
  *             finally:
  *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -8659,7 +8616,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_copy(struct __pyx_obj
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/queues.pyx":222
+  /* "ivshmem/channel/queues.pyx":218
  *             finally:
  *                 self.membership.mapping.unpin()
  *         return 0             # <<<<<<<<<<<<<<
@@ -8672,7 +8629,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_copy(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":210
+  /* "ivshmem/channel/queues.pyx":206
  *             PyBuffer_Release(&view)
  * 
  *     cdef int copy(self, const ivshmem_taken *taken, char *into) except -1:             # <<<<<<<<<<<<<<
@@ -8691,7 +8648,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_copy(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":224
+/* "ivshmem/channel/queues.pyx":220
  *         return 0
  * 
  *     cdef int acknowledge(self, const ivshmem_taken *taken) except -1:             # <<<<<<<<<<<<<<
@@ -8710,7 +8667,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_acknowledge(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("acknowledge", 0);
 
-  /* "ivshmem/channel/queues.pyx":226
+  /* "ivshmem/channel/queues.pyx":222
  *     cdef int acknowledge(self, const ivshmem_taken *taken) except -1:
  *         """Give a message's memory back after it was copied."""
  *         if ivshmem_queue_done(&self.reader, taken):             # <<<<<<<<<<<<<<
@@ -8722,20 +8679,20 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_acknowledge(struct __
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/queues.pyx":227
+    /* "ivshmem/channel/queues.pyx":223
  *         """Give a message's memory back after it was copied."""
  *         if ivshmem_queue_done(&self.reader, taken):
  *             raise self.too_late()             # <<<<<<<<<<<<<<
  *         if self.membership.rings.count:
  *             self.membership.flush()
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->too_late(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 227, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->too_late(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 223, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 227, __pyx_L1_error)
+    __PYX_ERR(0, 223, __pyx_L1_error)
 
-    /* "ivshmem/channel/queues.pyx":226
+    /* "ivshmem/channel/queues.pyx":222
  *     cdef int acknowledge(self, const ivshmem_taken *taken) except -1:
  *         """Give a message's memory back after it was copied."""
  *         if ivshmem_queue_done(&self.reader, taken):             # <<<<<<<<<<<<<<
@@ -8744,7 +8701,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_acknowledge(struct __
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":228
+  /* "ivshmem/channel/queues.pyx":224
  *         if ivshmem_queue_done(&self.reader, taken):
  *             raise self.too_late()
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -8756,17 +8713,17 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_acknowledge(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":229
+    /* "ivshmem/channel/queues.pyx":225
  *             raise self.too_late()
  *         if self.membership.rings.count:
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 229, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 225, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/queues.pyx":228
+    /* "ivshmem/channel/queues.pyx":224
  *         if ivshmem_queue_done(&self.reader, taken):
  *             raise self.too_late()
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -8775,7 +8732,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_acknowledge(struct __
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":230
+  /* "ivshmem/channel/queues.pyx":226
  *         if self.membership.rings.count:
  *             self.membership.flush()
  *         return 0             # <<<<<<<<<<<<<<
@@ -8788,7 +8745,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_acknowledge(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":224
+  /* "ivshmem/channel/queues.pyx":220
  *         return 0
  * 
  *     cdef int acknowledge(self, const ivshmem_taken *taken) except -1:             # <<<<<<<<<<<<<<
@@ -8807,7 +8764,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_acknowledge(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":232
+/* "ivshmem/channel/queues.pyx":228
  *         return 0
  * 
  *     cdef object too_late(self):             # <<<<<<<<<<<<<<
@@ -8832,7 +8789,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_too_late(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("too_late", 0);
 
-  /* "ivshmem/channel/queues.pyx":233
+  /* "ivshmem/channel/queues.pyx":229
  * 
  *     cdef object too_late(self):
  *         return Redelivered(             # <<<<<<<<<<<<<<
@@ -8840,17 +8797,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_too_late(struct
  *             " which is lost"
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 233, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 229, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
-  /* "ivshmem/channel/queues.pyx":234
+  /* "ivshmem/channel/queues.pyx":230
  *     cdef object too_late(self):
  *         return Redelivered(
  *             f"queue {self.name!r}: this process was taken for gone while it copied a message,"             # <<<<<<<<<<<<<<
  *             " which is lost"
  *         )
 */
-  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 234, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 230, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_queue;
   __pyx_t_5[1] = __pyx_t_4;
@@ -8864,7 +8821,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_too_late(struct
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 234, __pyx_L1_error)
+  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 230, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_9 = 1;
@@ -8885,7 +8842,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_too_late(struct
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 233, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 229, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -8899,7 +8856,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_too_late(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":232
+  /* "ivshmem/channel/queues.pyx":228
  *         return 0
  * 
  *     cdef object too_late(self):             # <<<<<<<<<<<<<<
@@ -8922,7 +8879,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_6queues_11QueueReader_too_late(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":238
+/* "ivshmem/channel/queues.pyx":234
  *         )
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8971,20 +8928,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 238, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 234, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 238, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 234, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 238, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 234, __pyx_L3_error)
 
-      /* "ivshmem/channel/queues.pyx":239
+      /* "ivshmem/channel/queues.pyx":235
  * 
  *     @cython.critical_section
  *     def take(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -8997,7 +8954,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 238, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 234, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -9010,7 +8967,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("take", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 238, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("take", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 234, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9023,7 +8980,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/queues.pyx":238
+  /* "ivshmem/channel/queues.pyx":234
  *         )
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9059,21 +9016,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":256
+        /* "ivshmem/channel/queues.pyx":252
  *         """
  *         cdef ivshmem_taken taken
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):             # <<<<<<<<<<<<<<
  *             return None
  *         return taken_of(Taken, self, &taken)
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_TAKEN, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 256, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_TAKEN, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2) && PyErr_Occurred())) __PYX_ERR(0, 252, __pyx_L4_error)
         __pyx_t_3 = (__pyx_t_2 != 0);
 
 
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/queues.pyx":257
+          /* "ivshmem/channel/queues.pyx":253
  *         cdef ivshmem_taken taken
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):
  *             return None             # <<<<<<<<<<<<<<
@@ -9091,7 +9048,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/queues.pyx":256
+          /* "ivshmem/channel/queues.pyx":252
  *         """
  *         cdef ivshmem_taken taken
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):             # <<<<<<<<<<<<<<
@@ -9100,14 +9057,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
 */
         }
 
-        /* "ivshmem/channel/queues.pyx":258
+        /* "ivshmem/channel/queues.pyx":254
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):
  *             return None
  *         return taken_of(Taken, self, &taken)             # <<<<<<<<<<<<<<
  * 
  *     def get_async(self, timeout=None):
 */
-        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_6queues_taken_of(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, ((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 258, __pyx_L4_error)
+        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_6queues_taken_of(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, ((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 254, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         {
           PyObject *__pyx_temp;
@@ -9122,7 +9079,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/queues.pyx":238
+      /* "ivshmem/channel/queues.pyx":234
  *         )
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9161,7 +9118,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":260
+/* "ivshmem/channel/queues.pyx":256
  *         return taken_of(Taken, self, &taken)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -9209,24 +9166,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 260, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 256, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 260, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 256, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_async", 0) < (0)) __PYX_ERR(0, 260, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_async", 0) < (0)) __PYX_ERR(0, 256, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 260, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 256, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -9237,7 +9194,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 260, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 256, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9268,16 +9225,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get_async", 0);
 
-  /* "ivshmem/channel/queues.pyx":262
+  /* "ivshmem/channel/queues.pyx":258
  *     def get_async(self, timeout=None):
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_content(self, "get", self._get_or, timeout)             # <<<<<<<<<<<<<<
  * 
  *     @cython.binding(False)
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_or); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 262, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_or); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 258, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_content(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get, __pyx_t_1, __pyx_v_timeout); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 262, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_content(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get, __pyx_t_1, __pyx_v_timeout); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 258, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -9291,7 +9248,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":260
+  /* "ivshmem/channel/queues.pyx":256
  *         return taken_of(Taken, self, &taken)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -9311,7 +9268,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":264
+/* "ivshmem/channel/queues.pyx":260
  *         return until_content(self, "get", self._get_or, timeout)
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -9359,39 +9316,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_absent,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 264, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 260, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 264, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 260, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 264, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 260, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_get_or", 0) < (0)) __PYX_ERR(0, 264, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_get_or", 0) < (0)) __PYX_ERR(0, 260, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_get_or", 1, 2, 2, i); __PYX_ERR(0, 264, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_get_or", 1, 2, 2, i); __PYX_ERR(0, 260, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 264, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 260, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 264, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 260, __pyx_L3_error)
     }
     __pyx_v_absent = values[0];
     __pyx_v_timeout = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_get_or", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 264, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_get_or", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 260, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9429,14 +9386,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8_get_or(struc
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":268
+        /* "ivshmem/channel/queues.pyx":264
  *     def _get_or(self, absent, timeout):
  *         """Do what `get` does; return `absent` if no message came."""
  *         return self.got(timeout, None, absent)             # <<<<<<<<<<<<<<
  * 
  *     def get_into_async(self, buffer, timeout=None):
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->got(__pyx_v_self, __pyx_v_timeout, Py_None, __pyx_v_absent); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 268, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->got(__pyx_v_self, __pyx_v_timeout, Py_None, __pyx_v_absent); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 264, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -9451,7 +9408,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8_get_or(struc
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/queues.pyx":264
+      /* "ivshmem/channel/queues.pyx":260
  *         return until_content(self, "get", self._get_or, timeout)
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -9489,7 +9446,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8_get_or(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":270
+/* "ivshmem/channel/queues.pyx":266
  *         return self.got(timeout, None, absent)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
@@ -9538,35 +9495,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 270, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 266, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 270, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 266, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 270, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 266, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into_async", 0) < (0)) __PYX_ERR(0, 270, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into_async", 0) < (0)) __PYX_ERR(0, 266, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, i); __PYX_ERR(0, 270, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, i); __PYX_ERR(0, 266, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 270, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 266, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 270, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 266, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -9577,7 +9534,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 270, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 266, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9609,21 +9566,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10get_into_asy
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get_into_async", 0);
 
-  /* "ivshmem/channel/queues.pyx":272
+  /* "ivshmem/channel/queues.pyx":268
  *     def get_into_async(self, buffer, timeout=None):
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.get_into, timeout, (buffer,))             # <<<<<<<<<<<<<<
  * 
  *     def take_async(self, timeout=None):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 272, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 268, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 272, __pyx_L1_error)
+  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 268, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_INCREF(__pyx_v_buffer);
   __Pyx_GIVEREF(__pyx_v_buffer);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_buffer) != (0)) __PYX_ERR(0, 272, __pyx_L1_error);
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 272, __pyx_L1_error)
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_buffer) != (0)) __PYX_ERR(0, 268, __pyx_L1_error);
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 268, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -9638,7 +9595,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10get_into_asy
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":270
+  /* "ivshmem/channel/queues.pyx":266
  *         return self.got(timeout, None, absent)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
@@ -9659,7 +9616,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10get_into_asy
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":274
+/* "ivshmem/channel/queues.pyx":270
  *         return until_something(self, self.get_into, timeout, (buffer,))
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -9707,24 +9664,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 274, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 270, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 274, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 270, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take_async", 0) < (0)) __PYX_ERR(0, 274, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take_async", 0) < (0)) __PYX_ERR(0, 270, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 274, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 270, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -9735,7 +9692,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("take_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 274, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("take_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 270, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9766,16 +9723,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_12take_async(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take_async", 0);
 
-  /* "ivshmem/channel/queues.pyx":276
+  /* "ivshmem/channel/queues.pyx":272
  *     def take_async(self, timeout=None):
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.take, timeout, ())             # <<<<<<<<<<<<<<
  * 
  *     def __iter__(self):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_take); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 276, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_take); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 272, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 276, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 272, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -9789,7 +9746,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_12take_async(s
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":274
+  /* "ivshmem/channel/queues.pyx":270
  *         return until_something(self, self.get_into, timeout, (buffer,))
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -9809,7 +9766,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_12take_async(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":278
+/* "ivshmem/channel/queues.pyx":274
  *         return until_something(self, self.take, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -9837,7 +9794,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__iter__(str
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/queues.pyx":279
+  /* "ivshmem/channel/queues.pyx":275
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -9855,7 +9812,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__iter__(str
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":278
+  /* "ivshmem/channel/queues.pyx":274
  *         return until_something(self, self.take, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -9870,7 +9827,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__iter__(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":281
+/* "ivshmem/channel/queues.pyx":277
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -9904,7 +9861,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__next__(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/queues.pyx":282
+  /* "ivshmem/channel/queues.pyx":278
  * 
  *     def __next__(self):
  *         return self.get()             # <<<<<<<<<<<<<<
@@ -9918,7 +9875,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__next__(str
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 282, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 278, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -9932,7 +9889,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__next__(str
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":281
+  /* "ivshmem/channel/queues.pyx":277
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -9952,7 +9909,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__next__(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":284
+/* "ivshmem/channel/queues.pyx":280
  *         return self.get()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -9980,7 +9937,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__aiter__(st
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/queues.pyx":285
+  /* "ivshmem/channel/queues.pyx":281
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -9998,7 +9955,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__aiter__(st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":284
+  /* "ivshmem/channel/queues.pyx":280
  *         return self.get()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -10013,7 +9970,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__aiter__(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":287
+/* "ivshmem/channel/queues.pyx":283
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -10047,7 +10004,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_20__anext__(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/queues.pyx":288
+  /* "ivshmem/channel/queues.pyx":284
  * 
  *     def __anext__(self):
  *         return self.get_async()             # <<<<<<<<<<<<<<
@@ -10061,7 +10018,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_20__anext__(st
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 288, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 284, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -10075,7 +10032,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_20__anext__(st
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":287
+  /* "ivshmem/channel/queues.pyx":283
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -10301,7 +10258,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_24__setstate_c
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":306
+/* "ivshmem/channel/queues.pyx":302
  *     """
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -10333,14 +10290,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_11redelivered___get__
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/queues.pyx":308
+  /* "ivshmem/channel/queues.pyx":304
  *     @property
  *     def redelivered(self):
  *         return self.taken.redelivered != 0             # <<<<<<<<<<<<<<
  * 
  *     def __bytes__(self):
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_self->taken.redelivered != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 308, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_self->taken.redelivered != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 304, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -10353,7 +10310,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_11redelivered___get__
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":306
+  /* "ivshmem/channel/queues.pyx":302
  *     """
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -10372,7 +10329,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_11redelivered___get__
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":310
+/* "ivshmem/channel/queues.pyx":306
  *         return self.taken.redelivered != 0
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
@@ -10435,14 +10392,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken___bytes__(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__bytes__", 0);
 
-  /* "ivshmem/channel/queues.pyx":311
+  /* "ivshmem/channel/queues.pyx":307
  * 
  *     def __bytes__(self):
  *         return memoryview(self).tobytes()             # <<<<<<<<<<<<<<
  * 
  *     def get(self):
 */
-  __pyx_t_3 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 311, __pyx_L1_error)
+  __pyx_t_3 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 307, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_2 = __pyx_t_3;
   __Pyx_INCREF(__pyx_t_2);
@@ -10452,10 +10409,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken___bytes__(struct __py
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_tobytes, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 311, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 307, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 311, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 307, __pyx_L1_error)
   {
     PyObject *__pyx_temp;
     {
@@ -10467,7 +10424,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken___bytes__(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":310
+  /* "ivshmem/channel/queues.pyx":306
  *         return self.taken.redelivered != 0
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
@@ -10488,7 +10445,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken___bytes__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":313
+/* "ivshmem/channel/queues.pyx":309
  *         return memoryview(self).tobytes()
  * 
  *     def get(self):             # <<<<<<<<<<<<<<
@@ -10553,7 +10510,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2get(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get", 0);
 
-  /* "ivshmem/channel/queues.pyx":315
+  /* "ivshmem/channel/queues.pyx":311
  *     def get(self):
  *         """Return a copy: bytes, or what the channel's type makes of them."""
  *         data = bytes(self)             # <<<<<<<<<<<<<<
@@ -10566,13 +10523,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2get(struct __pyx_obj
     PyObject *__pyx_callargs[2] = {__pyx_t_2, ((PyObject *)__pyx_v_self)};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(&PyBytes_Type), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 315, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 311, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __pyx_v_data = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/queues.pyx":316
+  /* "ivshmem/channel/queues.pyx":312
  *         """Return a copy: bytes, or what the channel's type makes of them."""
  *         data = bytes(self)
  *         return data if self.reader.type is None else self.reader.type.decode(data)             # <<<<<<<<<<<<<<
@@ -10591,7 +10548,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2get(struct __pyx_obj
       PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_v_data};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 316, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 312, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __pyx_t_1 = __pyx_t_2;
@@ -10609,7 +10566,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2get(struct __pyx_obj
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":313
+  /* "ivshmem/channel/queues.pyx":309
  *         return memoryview(self).tobytes()
  * 
  *     def get(self):             # <<<<<<<<<<<<<<
@@ -10631,7 +10588,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2get(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":318
+/* "ivshmem/channel/queues.pyx":314
  *         return data if self.reader.type is None else self.reader.type.decode(data)
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
@@ -10705,7 +10662,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("done", 0);
 
-  /* "ivshmem/channel/queues.pyx":327
+  /* "ivshmem/channel/queues.pyx":323
  *         """
  *         cdef int code
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
@@ -10719,7 +10676,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":328
+        /* "ivshmem/channel/queues.pyx":324
  *         cdef int code
  *         with cython.critical_section(self.reader):
  *             if not self.live:             # <<<<<<<<<<<<<<
@@ -10731,7 +10688,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/queues.pyx":329
+          /* "ivshmem/channel/queues.pyx":325
  *         with cython.critical_section(self.reader):
  *             if not self.live:
  *                 return             # <<<<<<<<<<<<<<
@@ -10749,7 +10706,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/queues.pyx":328
+          /* "ivshmem/channel/queues.pyx":324
  *         cdef int code
  *         with cython.critical_section(self.reader):
  *             if not self.live:             # <<<<<<<<<<<<<<
@@ -10758,27 +10715,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
 */
         }
 
-        /* "ivshmem/channel/queues.pyx":330
+        /* "ivshmem/channel/queues.pyx":326
  *             if not self.live:
  *                 return
  *             self.check_exports()             # <<<<<<<<<<<<<<
  *             self.enter()
  *             self.live = False
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 330, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 326, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/queues.pyx":331
+        /* "ivshmem/channel/queues.pyx":327
  *                 return
  *             self.check_exports()
  *             self.enter()             # <<<<<<<<<<<<<<
  *             self.live = False
  *             code = ivshmem_queue_done(&self.reader.reader, &self.taken)
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 331, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 327, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/queues.pyx":332
+        /* "ivshmem/channel/queues.pyx":328
  *             self.check_exports()
  *             self.enter()
  *             self.live = False             # <<<<<<<<<<<<<<
@@ -10787,7 +10744,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
 */
         __pyx_v_self->__pyx_base.live = 0;
 
-        /* "ivshmem/channel/queues.pyx":333
+        /* "ivshmem/channel/queues.pyx":329
  *             self.enter()
  *             self.live = False
  *             code = ivshmem_queue_done(&self.reader.reader, &self.taken)             # <<<<<<<<<<<<<<
@@ -10796,17 +10753,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
 */
         __pyx_v_code = ivshmem_queue_done((&__pyx_v_self->__pyx_base.reader->reader), (&__pyx_v_self->taken));
 
-        /* "ivshmem/channel/queues.pyx":334
+        /* "ivshmem/channel/queues.pyx":330
  *             self.live = False
  *             code = ivshmem_queue_done(&self.reader.reader, &self.taken)
  *             self.reader.membership.flush()             # <<<<<<<<<<<<<<
  *             if code:
  *                 raise Redelivered(
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.reader->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 334, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.reader->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 330, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/queues.pyx":335
+        /* "ivshmem/channel/queues.pyx":331
  *             code = ivshmem_queue_done(&self.reader.reader, &self.taken)
  *             self.reader.membership.flush()
  *             if code:             # <<<<<<<<<<<<<<
@@ -10818,7 +10775,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/channel/queues.pyx":336
+          /* "ivshmem/channel/queues.pyx":332
  *             self.reader.membership.flush()
  *             if code:
  *                 raise Redelivered(             # <<<<<<<<<<<<<<
@@ -10826,29 +10783,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
  *                     f" {self.taken.message.position} of writer {self.taken.message.writer}: another"
 */
           __pyx_t_5 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 336, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 332, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
 
-          /* "ivshmem/channel/queues.pyx":337
+          /* "ivshmem/channel/queues.pyx":333
  *             if code:
  *                 raise Redelivered(
  *                     f"queue {self.reader.name!r}: this process was silent while it had message"             # <<<<<<<<<<<<<<
  *                     f" {self.taken.message.position} of writer {self.taken.message.writer}: another"
  *                     " reader has it, too"
 */
-          __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.reader->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 337, __pyx_L4_error)
+          __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.reader->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 333, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
 
-          /* "ivshmem/channel/queues.pyx":338
+          /* "ivshmem/channel/queues.pyx":334
  *                 raise Redelivered(
  *                     f"queue {self.reader.name!r}: this process was silent while it had message"
  *                     f" {self.taken.message.position} of writer {self.taken.message.writer}: another"             # <<<<<<<<<<<<<<
  *                     " reader has it, too"
  *                 )
 */
-          __pyx_t_8 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->taken.message.position, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 338, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->taken.message.position, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 334, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_self->taken.message.writer, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 338, __pyx_L4_error)
+          __pyx_t_9 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_self->taken.message.writer, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 334, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_queue;
           __pyx_t_10[1] = __pyx_t_7;
@@ -10858,7 +10815,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
           __pyx_t_10[5] = __pyx_t_9;
           __pyx_t_10[6] = __pyx_mstate_global->__pyx_kp_u_another_reader_has_it_too;
 
-          /* "ivshmem/channel/queues.pyx":337
+          /* "ivshmem/channel/queues.pyx":333
  *             if code:
  *                 raise Redelivered(
  *                     f"queue {self.reader.name!r}: this process was silent while it had message"             # <<<<<<<<<<<<<<
@@ -10874,7 +10831,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
           __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]);
           #endif
           __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_10, 7, __pyx_t_11, __pyx_t_3);
-          if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 337, __pyx_L4_error)
+          if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 333, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_12);
           __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -10897,14 +10854,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 336, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 332, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_Raise(__pyx_t_4, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __PYX_ERR(0, 336, __pyx_L4_error)
+          __PYX_ERR(0, 332, __pyx_L4_error)
 
-          /* "ivshmem/channel/queues.pyx":335
+          /* "ivshmem/channel/queues.pyx":331
  *             code = ivshmem_queue_done(&self.reader.reader, &self.taken)
  *             self.reader.membership.flush()
  *             if code:             # <<<<<<<<<<<<<<
@@ -10914,7 +10871,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
         }
       }
 
-      /* "ivshmem/channel/queues.pyx":327
+      /* "ivshmem/channel/queues.pyx":323
  *         """
  *         cdef int code
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
@@ -10943,7 +10900,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/queues.pyx":318
+  /* "ivshmem/channel/queues.pyx":314
  *         return data if self.reader.type is None else self.reader.type.decode(data)
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
@@ -10972,7 +10929,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":342
+/* "ivshmem/channel/queues.pyx":338
  *                 )
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
@@ -11035,7 +10992,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("give_back", 0);
 
-  /* "ivshmem/channel/queues.pyx":344
+  /* "ivshmem/channel/queues.pyx":340
  *     def give_back(self):
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
@@ -11049,7 +11006,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":345
+        /* "ivshmem/channel/queues.pyx":341
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         with cython.critical_section(self.reader):
  *             if not self.live:             # <<<<<<<<<<<<<<
@@ -11061,7 +11018,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/queues.pyx":346
+          /* "ivshmem/channel/queues.pyx":342
  *         with cython.critical_section(self.reader):
  *             if not self.live:
  *                 return             # <<<<<<<<<<<<<<
@@ -11079,7 +11036,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/queues.pyx":345
+          /* "ivshmem/channel/queues.pyx":341
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         with cython.critical_section(self.reader):
  *             if not self.live:             # <<<<<<<<<<<<<<
@@ -11088,17 +11045,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
 */
         }
 
-        /* "ivshmem/channel/queues.pyx":347
+        /* "ivshmem/channel/queues.pyx":343
  *             if not self.live:
  *                 return
  *             self.check_exports()             # <<<<<<<<<<<<<<
  *             self.live = False
  *             if self.reader.usable():
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 347, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 343, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/queues.pyx":348
+        /* "ivshmem/channel/queues.pyx":344
  *                 return
  *             self.check_exports()
  *             self.live = False             # <<<<<<<<<<<<<<
@@ -11107,7 +11064,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
 */
         __pyx_v_self->__pyx_base.live = 0;
 
-        /* "ivshmem/channel/queues.pyx":349
+        /* "ivshmem/channel/queues.pyx":345
  *             self.check_exports()
  *             self.live = False
  *             if self.reader.usable():             # <<<<<<<<<<<<<<
@@ -11119,7 +11076,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/queues.pyx":350
+          /* "ivshmem/channel/queues.pyx":346
  *             self.live = False
  *             if self.reader.usable():
  *                 ivshmem_queue_return(&self.reader.reader, &self.taken)             # <<<<<<<<<<<<<<
@@ -11128,17 +11085,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
 */
           (void)(ivshmem_queue_return((&__pyx_v_self->__pyx_base.reader->reader), (&__pyx_v_self->taken)));
 
-          /* "ivshmem/channel/queues.pyx":351
+          /* "ivshmem/channel/queues.pyx":347
  *             if self.reader.usable():
  *                 ivshmem_queue_return(&self.reader.reader, &self.taken)
  *                 self.reader.membership.flush()             # <<<<<<<<<<<<<<
  * 
  *     def __enter__(self):
 */
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.reader->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 351, __pyx_L4_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.reader->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 347, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/queues.pyx":349
+          /* "ivshmem/channel/queues.pyx":345
  *             self.check_exports()
  *             self.live = False
  *             if self.reader.usable():             # <<<<<<<<<<<<<<
@@ -11148,7 +11105,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
         }
       }
 
-      /* "ivshmem/channel/queues.pyx":344
+      /* "ivshmem/channel/queues.pyx":340
  *     def give_back(self):
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
@@ -11177,7 +11134,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/queues.pyx":342
+  /* "ivshmem/channel/queues.pyx":338
  *                 )
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
@@ -11198,7 +11155,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":353
+/* "ivshmem/channel/queues.pyx":349
  *                 self.reader.membership.flush()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -11254,7 +11211,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8__enter__(struct __p
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/queues.pyx":354
+  /* "ivshmem/channel/queues.pyx":350
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -11272,7 +11229,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8__enter__(struct __p
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":353
+  /* "ivshmem/channel/queues.pyx":349
  *                 self.reader.membership.flush()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -11287,7 +11244,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8__enter__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":356
+/* "ivshmem/channel/queues.pyx":352
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -11342,33 +11299,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_kind,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 356, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 352, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         default:
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 356, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 352, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       const Py_ssize_t used_pos_args = (kwd_pos_args < 1) ? kwd_pos_args : 1;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 356, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 352, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 356, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 352, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs < 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 356, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 352, __pyx_L3_error)
     }
     __pyx_v_kind = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 356, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 352, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11403,7 +11360,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/queues.pyx":357
+  /* "ivshmem/channel/queues.pyx":353
  * 
  *     def __exit__(self, kind, *error):
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -11414,7 +11371,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":358
+    /* "ivshmem/channel/queues.pyx":354
  *     def __exit__(self, kind, *error):
  *         if kind is None:
  *             self.done()             # <<<<<<<<<<<<<<
@@ -11428,12 +11385,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_done, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 358, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 354, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/queues.pyx":357
+    /* "ivshmem/channel/queues.pyx":353
  * 
  *     def __exit__(self, kind, *error):
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -11443,7 +11400,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/queues.pyx":359
+  /* "ivshmem/channel/queues.pyx":355
  *         if kind is None:
  *             self.done()
  *         elif self.exports == 0:             # <<<<<<<<<<<<<<
@@ -11455,7 +11412,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":360
+    /* "ivshmem/channel/queues.pyx":356
  *             self.done()
  *         elif self.exports == 0:
  *             self.give_back()             # <<<<<<<<<<<<<<
@@ -11469,12 +11426,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_give_back, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 360, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 356, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/queues.pyx":359
+    /* "ivshmem/channel/queues.pyx":355
  *         if kind is None:
  *             self.done()
  *         elif self.exports == 0:             # <<<<<<<<<<<<<<
@@ -11484,7 +11441,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/queues.pyx":356
+  /* "ivshmem/channel/queues.pyx":352
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -11506,7 +11463,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":362
+/* "ivshmem/channel/queues.pyx":358
  *             self.give_back()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -11539,7 +11496,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_12__del__(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__del__", 0);
 
-  /* "ivshmem/channel/queues.pyx":363
+  /* "ivshmem/channel/queues.pyx":359
  * 
  *     def __del__(self):
  *         if self.live and self.exports == 0:             # <<<<<<<<<<<<<<
@@ -11561,7 +11518,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_12__del__(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":364
+    /* "ivshmem/channel/queues.pyx":360
  *     def __del__(self):
  *         if self.live and self.exports == 0:
  *             self.give_back()             # <<<<<<<<<<<<<<
@@ -11575,12 +11532,12 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_12__del__(struct __pyx_obj
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_give_back, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 364, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 360, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/queues.pyx":363
+    /* "ivshmem/channel/queues.pyx":359
  * 
  *     def __del__(self):
  *         if self.live and self.exports == 0:             # <<<<<<<<<<<<<<
@@ -11589,7 +11546,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_12__del__(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":362
+  /* "ivshmem/channel/queues.pyx":358
  *             self.give_back()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -11608,7 +11565,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_12__del__(struct __pyx_obj
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/channel/queues.pyx":366
+/* "ivshmem/channel/queues.pyx":362
  *             self.give_back()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11647,7 +11604,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14__repr__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/queues.pyx":367
+  /* "ivshmem/channel/queues.pyx":363
  * 
  *     def __repr__(self):
  *         state = "" if self.live else ", done"             # <<<<<<<<<<<<<<
@@ -11664,24 +11621,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14__repr__(struct __p
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/queues.pyx":368
+  /* "ivshmem/channel/queues.pyx":364
  *     def __repr__(self):
  *         state = "" if self.live else ", done"
  *         return f"<ivshmem.channel.{type(self).__name__} of {self.size} bytes{state}>"             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 368, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 364, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 368, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 364, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_size); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 368, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_size); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 364, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 368, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 364, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 368, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 364, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel;
   __pyx_t_4[1] = __pyx_t_2;
@@ -11699,7 +11656,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14__repr__(struct __p
   __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_4[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_4[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_4[5]);
   #endif
   __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_4, 7, __pyx_t_5, __pyx_t_6);
-  if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 368, __pyx_L1_error)
+  if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 364, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -11715,7 +11672,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14__repr__(struct __p
   __pyx_t_7 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":366
+  /* "ivshmem/channel/queues.pyx":362
  *             self.give_back()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11944,7 +11901,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_18__setstate_cython__
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":371
+/* "ivshmem/channel/queues.pyx":367
  * 
  * 
  * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):             # <<<<<<<<<<<<<<
@@ -11969,7 +11926,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("taken_of", 0);
 
-  /* "ivshmem/channel/queues.pyx":373
+  /* "ivshmem/channel/queues.pyx":369
  * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):
  *     cdef Taken made
  *     try:             # <<<<<<<<<<<<<<
@@ -11985,7 +11942,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/channel/queues.pyx":374
+      /* "ivshmem/channel/queues.pyx":370
  *     cdef Taken made
  *     try:
  *         made = kind.__new__(kind)             # <<<<<<<<<<<<<<
@@ -11994,15 +11951,15 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
 */
       if (unlikely(((PyObject *)__pyx_v_kind) == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "object.__new__(X): X is not a type object (NoneType)");
-        __PYX_ERR(0, 374, __pyx_L3_error)
+        __PYX_ERR(0, 370, __pyx_L3_error)
       }
-      __pyx_t_4 = __Pyx_tp_new(((PyObject *)__pyx_v_kind), __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 374, __pyx_L3_error)
+      __pyx_t_4 = __Pyx_tp_new(((PyObject *)__pyx_v_kind), __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 370, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (!(likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken)))) __PYX_ERR(0, 374, __pyx_L3_error)
+      if (!(likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken)))) __PYX_ERR(0, 370, __pyx_L3_error)
       __pyx_v_made = ((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_t_4);
       __pyx_t_4 = 0;
 
-      /* "ivshmem/channel/queues.pyx":373
+      /* "ivshmem/channel/queues.pyx":369
  * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):
  *     cdef Taken made
  *     try:             # <<<<<<<<<<<<<<
@@ -12017,7 +11974,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
     __pyx_L3_error:;
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-    /* "ivshmem/channel/queues.pyx":375
+    /* "ivshmem/channel/queues.pyx":371
  *     try:
  *         made = kind.__new__(kind)
  *     except BaseException:             # <<<<<<<<<<<<<<
@@ -12027,22 +11984,22 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
     __pyx_t_5 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_5) {
       __Pyx_AddTraceback("ivshmem.channel.queues.taken_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 375, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 371, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_6);
       __Pyx_XGOTREF(__pyx_t_7);
 
-      /* "ivshmem/channel/queues.pyx":376
+      /* "ivshmem/channel/queues.pyx":372
  *         made = kind.__new__(kind)
  *     except BaseException:
  *         reader.undo(taken)             # <<<<<<<<<<<<<<
  *         raise
  *     made.reader = reader
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_reader->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->undo(__pyx_v_reader, __pyx_v_taken); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 376, __pyx_L5_except_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_reader->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->undo(__pyx_v_reader, __pyx_v_taken); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 372, __pyx_L5_except_error)
 
 
-      /* "ivshmem/channel/queues.pyx":377
+      /* "ivshmem/channel/queues.pyx":373
  *     except BaseException:
  *         reader.undo(taken)
  *         raise             # <<<<<<<<<<<<<<
@@ -12054,11 +12011,11 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
       __Pyx_XGIVEREF(__pyx_t_7);
       __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_6, __pyx_t_7);
       __pyx_t_4 = 0;  __pyx_t_6 = 0;  __pyx_t_7 = 0; 
-      __PYX_ERR(0, 377, __pyx_L5_except_error)
+      __PYX_ERR(0, 373, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/queues.pyx":373
+    /* "ivshmem/channel/queues.pyx":369
  * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):
  *     cdef Taken made
  *     try:             # <<<<<<<<<<<<<<
@@ -12074,7 +12031,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/queues.pyx":378
+  /* "ivshmem/channel/queues.pyx":374
  *         reader.undo(taken)
  *         raise
  *     made.reader = reader             # <<<<<<<<<<<<<<
@@ -12086,7 +12043,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
   __Pyx_GOTREF((PyObject *)__pyx_v_made->__pyx_base.reader);
   __Pyx_DECREF_SET(__pyx_v_made->__pyx_base.reader, ((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader));
 
-  /* "ivshmem/channel/queues.pyx":379
+  /* "ivshmem/channel/queues.pyx":375
  *         raise
  *     made.reader = reader
  *     made.taken = taken[0]             # <<<<<<<<<<<<<<
@@ -12095,7 +12052,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
 */
   __pyx_v_made->taken = (__pyx_v_taken[0]);
 
-  /* "ivshmem/channel/queues.pyx":380
+  /* "ivshmem/channel/queues.pyx":376
  *     made.reader = reader
  *     made.taken = taken[0]
  *     made.message = taken.message             # <<<<<<<<<<<<<<
@@ -12106,7 +12063,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
 
   __pyx_v_made->__pyx_base.message = __pyx_t_8;
 
-  /* "ivshmem/channel/queues.pyx":381
+  /* "ivshmem/channel/queues.pyx":377
  *     made.taken = taken[0]
  *     made.message = taken.message
  *     made.live = True             # <<<<<<<<<<<<<<
@@ -12114,7 +12071,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
 */
   __pyx_v_made->__pyx_base.live = 1;
 
-  /* "ivshmem/channel/queues.pyx":382
+  /* "ivshmem/channel/queues.pyx":378
  *     made.message = taken.message
  *     made.live = True
  *     return made             # <<<<<<<<<<<<<<
@@ -12130,7 +12087,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":371
+  /* "ivshmem/channel/queues.pyx":367
  * 
  * 
  * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):             # <<<<<<<<<<<<<<
@@ -12752,7 +12709,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd
   __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_end_sleep;
   __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.probe = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_probe;
   __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_restore;
-  __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.pass_on = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_pass_on;
+  __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.wake_another = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_wake_another;
   __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.claim = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, enum ivshmem_claim, PyObject *, PyObject *, struct ivshmem_taken *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim;
   __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.claim_as = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, enum ivshmem_claim, struct ivshmem_taken *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim_as;
   __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.undo = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_undo;
@@ -12810,11 +12767,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_QueueReader
   __pyx_vtable_7ivshmem_7channel_6queues_QueueReader.copy = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *, struct ivshmem_taken const *, char *))__pyx_f_7ivshmem_7channel_6queues_11QueueReader_copy;
   __pyx_vtable_7ivshmem_7channel_6queues_QueueReader.acknowledge = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *, struct ivshmem_taken const *))__pyx_f_7ivshmem_7channel_6queues_11QueueReader_acknowledge;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 108, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 104, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_6queues_QueueReader_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader)) __PYX_ERR(0, 108, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader)) __PYX_ERR(0, 104, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader = &__pyx_type_7ivshmem_7channel_6queues_QueueReader;
   #endif
@@ -12822,7 +12779,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_QueueReader
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 108, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 104, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader);
@@ -12832,12 +12789,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_QueueReader
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 108, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_QueueReader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 108, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 104, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_QueueReader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 104, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader, __pyx_base.__pyx_base.__pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 108, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 104, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -12858,11 +12815,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_Taken(__pyx
   __pyx_vtabptr_7ivshmem_7channel_6queues_Taken = &__pyx_vtable_7ivshmem_7channel_6queues_Taken;
   __pyx_vtable_7ivshmem_7channel_6queues_Taken.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_5views_Received;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 291, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 287, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_6queues_Taken_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken)) __PYX_ERR(0, 291, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken)) __PYX_ERR(0, 287, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken = &__pyx_type_7ivshmem_7channel_6queues_Taken;
   #endif
@@ -12870,7 +12827,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_Taken(__pyx
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 291, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 287, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken);
@@ -12880,9 +12837,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_Taken(__pyx
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_vtabptr_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 291, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Taken, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 291, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 291, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_vtabptr_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 287, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Taken, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 287, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 287, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -13564,33 +13521,33 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":182
+  /* "ivshmem/channel/queues.pyx":178
  *         return found
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
  *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
 */
-  __pyx_t_3 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 182, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 178, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
-  /* "ivshmem/channel/queues.pyx":183
+  /* "ivshmem/channel/queues.pyx":179
  * 
  *     @cython.critical_section
  *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 182, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 178, __pyx_L1_error)
 
-  /* "ivshmem/channel/queues.pyx":182
+  /* "ivshmem/channel/queues.pyx":178
  *         return found
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
  *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_3get_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 182, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_3get_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 178, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -13598,36 +13555,36 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_3);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_into, __pyx_t_2) < (0)) __PYX_ERR(0, 182, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_into, __pyx_t_2) < (0)) __PYX_ERR(0, 178, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/queues.pyx":238
+  /* "ivshmem/channel/queues.pyx":234
  *         )
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def take(self, timeout=None, *, spin=None):
  *         """Take the next message, and acknowledge it later: at least once.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 238, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 234, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/queues.pyx":239
+  /* "ivshmem/channel/queues.pyx":235
  * 
  *     @cython.critical_section
  *     def take(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Take the next message, and acknowledge it later: at least once.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 238, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 234, __pyx_L1_error)
 
-  /* "ivshmem/channel/queues.pyx":238
+  /* "ivshmem/channel/queues.pyx":234
  *         )
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def take(self, timeout=None, *, spin=None):
  *         """Take the next message, and acknowledge it later: at least once.
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_5take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 238, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_5take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 234, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -13635,55 +13592,55 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[0]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_3, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_3) < (0)) __PYX_ERR(0, 238, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_3) < (0)) __PYX_ERR(0, 234, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":260
+  /* "ivshmem/channel/queues.pyx":256
  *         return taken_of(Taken, self, &taken)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_content(self, "get", self._get_or, timeout)
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_7get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 260, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_7get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 256, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_async, __pyx_t_3) < (0)) __PYX_ERR(0, 260, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_async, __pyx_t_3) < (0)) __PYX_ERR(0, 256, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":270
+  /* "ivshmem/channel/queues.pyx":266
  *         return self.got(timeout, None, absent)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.get_into, timeout, (buffer,))
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_11get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 270, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_11get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 266, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_into_async, __pyx_t_3) < (0)) __PYX_ERR(0, 270, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_into_async, __pyx_t_3) < (0)) __PYX_ERR(0, 266, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":274
+  /* "ivshmem/channel/queues.pyx":270
  *         return until_something(self, self.get_into, timeout, (buffer,))
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.take, timeout, ())
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_13take_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_take_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 274, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_13take_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_take_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 270, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_take_async, __pyx_t_3) < (0)) __PYX_ERR(0, 274, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_take_async, __pyx_t_3) < (0)) __PYX_ERR(0, 270, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":1
@@ -13713,94 +13670,94 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(3, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":310
+  /* "ivshmem/channel/queues.pyx":306
  *         return self.taken.redelivered != 0
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
  *         return memoryview(self).tobytes()
  * 
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_1__bytes__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___bytes, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 310, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_1__bytes__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___bytes, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 306, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_bytes_2, __pyx_t_3) < (0)) __PYX_ERR(0, 310, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_bytes_2, __pyx_t_3) < (0)) __PYX_ERR(0, 306, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":313
+  /* "ivshmem/channel/queues.pyx":309
  *         return memoryview(self).tobytes()
  * 
  *     def get(self):             # <<<<<<<<<<<<<<
  *         """Return a copy: bytes, or what the channel's type makes of them."""
  *         data = bytes(self)
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_3get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 313, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_3get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 309, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_3) < (0)) __PYX_ERR(0, 313, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_3) < (0)) __PYX_ERR(0, 309, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":318
+  /* "ivshmem/channel/queues.pyx":314
  *         return data if self.reader.type is None else self.reader.type.decode(data)
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
  *         """Acknowledge it: no other reader gets it. May be called twice.
  * 
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_5done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_done, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 318, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_5done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_done, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 314, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_3) < (0)) __PYX_ERR(0, 318, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_3) < (0)) __PYX_ERR(0, 314, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":342
+  /* "ivshmem/channel/queues.pyx":338
  *                 )
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         with cython.critical_section(self.reader):
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_7give_back, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_give_back, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 342, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_7give_back, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_give_back, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 338, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_give_back, __pyx_t_3) < (0)) __PYX_ERR(0, 342, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_give_back, __pyx_t_3) < (0)) __PYX_ERR(0, 338, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":353
+  /* "ivshmem/channel/queues.pyx":349
  *                 self.reader.membership.flush()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_9__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 353, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_9__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 349, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_3) < (0)) __PYX_ERR(0, 353, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_3) < (0)) __PYX_ERR(0, 349, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":356
+  /* "ivshmem/channel/queues.pyx":352
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
  *         if kind is None:
  *             self.done()
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_11__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 356, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_11__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 352, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_3) < (0)) __PYX_ERR(0, 356, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_3) < (0)) __PYX_ERR(0, 352, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":1
@@ -13897,7 +13854,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/queues.pyx":182
+  /* "ivshmem/channel/queues.pyx":178
  *         return found
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13906,7 +13863,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 182, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 178, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -14073,27 +14030,27 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 182};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 178};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_taken};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_into, __pyx_mstate->__pyx_kp_b_iso88591_A_5Q_1D_t7_1_t6_ivQa_q_uHHBj_A_E, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 238};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 234};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_taken};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_take, __pyx_mstate->__pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_vQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 260};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 256};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_async, __pyx_mstate->__pyx_kp_b_iso88591_AV7_j, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 270};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 266};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_into_async, __pyx_mstate->__pyx_kp_b_iso88591_Q_avT_Ja, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 274};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 270};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_take_async, __pyx_mstate->__pyx_kp_b_iso88591_avT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
@@ -14108,32 +14065,32 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 310};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 306};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_bytes_2, __pyx_mstate->__pyx_kp_b_iso88591_A_z_xq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 313};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 309};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data};
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get, __pyx_mstate->__pyx_kp_b_iso88591_A_uAQ_xt7_T_WAQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 318};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 314};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_code};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t4q_a_a_Qat7_1D_q_k_AT_q_F_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 342};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 338};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_give_back, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t4q_a_t7_AQd_4q_G_fA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 353};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 349};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 356};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 352};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_kind, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_5_1_Q_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }

@@ -8,7 +8,6 @@ from .views cimport Received
 cdef class ClaimingEnd(ReaderEnd):
     cdef ivshmem_taken taken
     cdef ivshmem_claim how
-    cdef bint slept
 
     cdef int claim(
         self, ivshmem_claim how, object timeout, object spin, ivshmem_taken *taken

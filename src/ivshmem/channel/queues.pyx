@@ -72,12 +72,8 @@ cdef class ClaimingEnd(ReaderEnd):
             self.membership.flush()
         return 0
 
-    cdef int pass_on(self) except -1:
-        """A ring wakes one reader: wake another one if there is more."""
-        if self.slept:
-            self.slept = False
-            ivshmem_queue_pass_on(&self.reader)
-        self.membership.flush()
+    cdef int wake_another(self) except -1:
+        ivshmem_queue_pass_on(&self.reader)
         return 0
 
     cdef int claim(

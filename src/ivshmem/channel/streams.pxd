@@ -18,7 +18,6 @@ cdef int look_both(ivshmem_stream *stream) noexcept nogil
 
 cdef class StreamListener(ChannelEnd):
     cdef ivshmem_listener listener
-    cdef bint slept
 
     cdef int next_caller(self, Stream stream, object timeout, object spin) except? -2
 

@@ -74,12 +74,8 @@ cdef class StreamListener(ChannelEnd):
         ivshmem_listener_close(&self.listener)
         return 0
 
-    cdef int pass_on(self) except -1:
-        """A ring wakes one listener: wake another one if there is more."""
-        if self.slept:
-            self.slept = False
-            ivshmem_listener_pass_on(&self.listener)
-            self.membership.flush()
+    cdef int wake_another(self) except -1:
+        ivshmem_listener_pass_on(&self.listener)
         return 0
 
     cdef int next_caller(self, Stream stream, object timeout, object spin) except? -2:

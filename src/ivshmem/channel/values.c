@@ -2634,6 +2634,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
   int watched;
   int open;
   int removed;
+  int slept;
   int copying;
 };
 
@@ -3032,6 +3033,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
   int (*restore)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*give_up)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*pass_on)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*wake_another)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*begin_watch)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*arm)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, int);

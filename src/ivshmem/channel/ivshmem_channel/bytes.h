@@ -103,8 +103,7 @@ static inline void ivshmem_stream_begin(struct ivshmem_stream *stream)
     stream->sleep.count = ivshmem_value(ivshmem_get(channel, stream->sleep.at));
     stream->sleep.more = 0;
     stream->rung = 0;
-    for (unsigned i = 0; i < IVSHMEM_MOST_READERS; i++)
-        stream->rung_listeners.words[i] = 0;
+    ivshmem_rung_begin(&stream->rung_listeners);
 }
 
 /* Whether a connection can be used. If its caller was killed before an acceptor came, the bytes
@@ -137,8 +136,7 @@ static inline int ivshmem_listen(struct ivshmem_listener *listener)
     if (listener->channel->area.memory.readonly)
         return IVSHMEM_READ_ONLY;
     listener->turn = 0;
-    for (unsigned i = 0; i < IVSHMEM_MOST_READERS; i++)
-        listener->rung_listeners.words[i] = 0;
+    ivshmem_rung_begin(&listener->rung_listeners);
     return ivshmem_reader_slot(listener->channel, listener->member, &listener->slot,
                                &listener->epoch, &listener->sleep);
 }

@@ -195,8 +195,8 @@ static inline int ivshmem_reader_open(struct ivshmem_reader *reader, uint32_t hi
         return IVSHMEM_BAD;
     reader->turn = 0;
     reader->batch = g->slots / 4 > 0 ? g->slots / 4 : 1;
-    for (unsigned i = 0; i < IVSHMEM_MOST_READERS; i++)
-        reader->rung.words[i] = reader->rung_readers.words[i] = 0;
+    ivshmem_rung_begin(&reader->rung);
+    ivshmem_rung_begin(&reader->rung_readers);
     if (memory->readonly) {
         reader->slot = IVSHMEM_NO_SLOT;
         reader->overflow = IVSHMEM_OVERWRITE;

@@ -158,6 +158,12 @@ struct ivshmem_rung {
     uint64_t words[IVSHMEM_MOST_READERS];
 };
 
+static inline void ivshmem_rung_begin(struct ivshmem_rung *rung)
+{
+    for (unsigned i = 0; i < IVSHMEM_MOST_READERS; i++)
+        rung->words[i] = 0;
+}
+
 /* Ring the owner of a slot, if it sleeps and was not yet rung in this sleep; whether that wakes it.
  * `rung` is the sleeper word as it was when this end rang it last. */
 static inline int ivshmem_wake_one(const struct ivshmem_member *member,
